@@ -1,0 +1,139 @@
+//! The plain formula of every operation, in candle ops: documentation, fallback and oracle.
+
+use candle_core::{D, DType, Tensor};
+
+use crate::error::{Result, argument};
+use crate::ops::{Activation, AttnParams, PagedMeta, RopeTables};
+use crate::weight::Storage;
+use crate::{KvLayer, Weight};
+
+/// See [`crate::ops::linear`].
+pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let Storage::Dense(w) = weight.storage();
+    let y = x.contiguous()?.matmul(&w.to_dtype(x.dtype())?.t()?)?;
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(&bias.to_dtype(x.dtype())?)?,
+        None => y,
+    })
+}
+
+/// See [`crate::ops::embedding`].
+pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
+    if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
+        return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
+    }
+    let Storage::Dense(w) = weight.storage();
+    let ids = Tensor::new(ids, w.device())?;
+    Ok(w.index_select(&ids, 0)?.to_dtype(dtype)?)
+}
+
+/// See [`crate::ops::rms_norm`].
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    let f = x.to_dtype(DType::F32)?;
+    let mean = f.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = f.broadcast_div(&(mean + f64::from(eps))?.sqrt()?)?;
+    Ok(normed.broadcast_mul(&weight.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?)
+}
+
+/// See [`crate::ops::rope`].
+pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+    let (tokens, _, width) = x.dims3()?;
+    let (rows, half) = tables.cos.dims2()?;
+    if rows != tokens || 2 * half > width {
+        return Err(argument(
+            "rope",
+            format!("tables [{rows}, {half}] for {tokens} tokens of width {width}"),
+        ));
+    }
+    let f = x.to_dtype(DType::F32)?;
+    let (cos, sin) = (tables.cos.unsqueeze(1)?, tables.sin.unsqueeze(1)?); // [T, 1, half]
+    let (a, b) = (f.narrow(2, 0, half)?, f.narrow(2, half, half)?);
+    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    let rotated = if 2 * half < width {
+        Tensor::cat(&[first, second, f.narrow(2, 2 * half, width - 2 * half)?], 2)?
+    } else {
+        Tensor::cat(&[first, second], 2)?
+    };
+    Ok(rotated.to_dtype(x.dtype())?)
+}
+
+/// See [`crate::ops::store_kv`].
+pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -> Result<()> {
+    let (tokens, heads, width) = k.dims3()?;
+    let (slots, cache_heads, cache_width) = layer.k.dims3()?;
+    if tokens != meta.slot_mapping.len()
+        || (heads, width) != (cache_heads, cache_width)
+        || v.dims() != k.dims()
+    {
+        return Err(argument("store_kv", format!("keys {:?}, cache {:?}", k.dims(), layer.k.dims())));
+    }
+    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot as usize >= slots) {
+        return Err(argument("store_kv", format!("slot {slot} of {slots}")));
+    }
+    // scatter_set writes in place; the index repeats the slot along heads and width.
+    let index = Tensor::new(meta.slot_mapping.as_slice(), k.device())?
+        .reshape((tokens, 1, 1))?
+        .broadcast_as((tokens, heads, width))?
+        .contiguous()?;
+    let dtype = layer.k.dtype();
+    layer.k.scatter_set(&index, &k.to_dtype(dtype)?.contiguous()?, 0)?;
+    layer.v.scatter_set(&index, &v.to_dtype(dtype)?.contiguous()?, 0)?;
+    Ok(())
+}
+
+/// See [`crate::ops::paged_attention`].
+pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &AttnParams) -> Result<Tensor> {
+    let (tokens, heads, width) = q.dims3()?;
+    let (_, kv_heads, _) = layer.k.dims3()?;
+    if tokens != meta.num_tokens() || heads % kv_heads != 0 {
+        return Err(argument(
+            "paged_attention",
+            format!("queries {:?}, cache {:?}", q.dims(), layer.k.dims()),
+        ));
+    }
+    let group = heads / kv_heads;
+    let mut outputs = Vec::with_capacity(meta.num_seqs());
+    for seq in 0..meta.num_seqs() {
+        let (start, end) = (meta.cu_seqlens_q[seq] as usize, meta.cu_seqlens_q[seq + 1] as usize);
+        let (len_q, len_k) = (end - start, meta.seq_lens[seq] as usize);
+        let slots: Vec<u32> = (0..len_k).map(|pos| meta.slot(seq, pos) as u32).collect();
+        let slots = Tensor::new(slots, q.device())?;
+        let gather = |cache: &Tensor| -> Result<Tensor> {
+            let rows = cache.index_select(&slots, 0)?.to_dtype(DType::F32)?; // [Lk, KVH, D]
+            let rows = rows.transpose(0, 1)?.unsqueeze(1)?; // [KVH, 1, Lk, D]
+            Ok(rows.broadcast_as((kv_heads, group, len_k, width))?.reshape((heads, len_k, width))?)
+        };
+        let (k, v) = (gather(&layer.k)?, gather(&layer.v)?);
+        let q = q.narrow(0, start, len_q)?.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?; // [H, Lq, D]
+        let mut scores = (q.matmul(&k.t()?)? * f64::from(params.scale))?; // [H, Lq, Lk]
+        if let Some(cap) = params.softcap.map(f64::from) {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
+        let mask: Vec<f32> = (0..len_q)
+            .flat_map(|i| {
+                let position = len_k - len_q + i;
+                (0..len_k).map(move |j| {
+                    let seen = j <= position && params.sliding_window.is_none_or(|w| j + w > position);
+                    if seen { 0.0 } else { f32::NEG_INFINITY }
+                })
+            })
+            .collect();
+        let scores = scores.broadcast_add(&Tensor::from_vec(mask, (1, len_q, len_k), q.device())?)?;
+        let max = scores.max_keepdim(D::Minus1)?;
+        let weights = scores.broadcast_sub(&max)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        outputs.push(weights.matmul(&v)?.transpose(0, 1)?.contiguous()?); // [Lq, H, D]
+    }
+    Ok(Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())?)
+}
+
+/// `act(gate) * up`, element by element.
+pub fn gated_activation(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    let gate = match activation {
+        Activation::Silu => gate.silu()?,
+        Activation::GeluTanh => gate.gelu()?,
+        Activation::Gelu => gate.gelu_erf()?,
+    };
+    Ok((gate * up)?)
+}

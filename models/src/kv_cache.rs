@@ -1,0 +1,51 @@
+//! The paged key/value cache: bytes here, block ids in the engine.
+
+use candle_core::{DType, Device};
+use ingle_kernels::KvLayer;
+
+use crate::Result;
+
+/// Keys and values of all layers, `num_blocks` blocks of `block_size` token slots each.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<KvLayer>,
+    num_blocks: usize,
+    block_size: usize,
+}
+
+impl KvCache {
+    /// Allocates `num_layers` zeroed layers.
+    ///
+    /// # Errors
+    /// If the device is out of memory or a size is zero.
+    pub fn new(
+        num_layers: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        (num_blocks, block_size): (usize, usize),
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let layers = (0..num_layers)
+            .map(|_| KvLayer::new(num_blocks * block_size, num_kv_heads, head_dim, dtype, device))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { layers, num_blocks, block_size })
+    }
+
+    /// The cache of layer `idx`.
+    pub fn layer_mut(&mut self, idx: usize) -> &mut KvLayer {
+        &mut self.layers[idx]
+    }
+
+    /// Number of blocks.
+    #[must_use]
+    pub fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    /// Token slots per block.
+    #[must_use]
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+}

@@ -1,0 +1,17 @@
+//! Model weights and forward passes.
+//!
+//! A model is loaded from a folder ([`load_causal_lm`]) and computes one step for many sequences at once: a flat,
+//! ragged [`Batch`] of tokens in, logits of the wanted rows out. Keys and values live in a paged [`KvCache`] that the
+//! caller owns. Nothing here knows a request, a sequence or a scheduler.
+
+mod batch;
+mod causal_lm;
+mod error;
+mod kv_cache;
+mod source;
+
+pub use batch::Batch;
+pub use causal_lm::{CausalLm, LoadOptions, ModelInfo, load_causal_lm};
+pub use error::{Error, Result};
+pub use kv_cache::KvCache;
+pub use source::TensorSource;

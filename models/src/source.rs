@@ -1,0 +1,26 @@
+//! Where tensors come from.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+
+use crate::Result;
+
+/// A checkpoint: named tensors in one or several files. Names and orientation are those of transformers
+/// (`model.layers.0.self_attn.q_proj.weight`, `[out_features, in_features]`), whatever the file calls them.
+pub trait TensorSource {
+    /// Folder or file, for messages.
+    fn path(&self) -> &Path;
+
+    /// All names, sorted.
+    fn names(&self) -> Vec<&str>;
+
+    /// Shape of a tensor, `None` if it is absent.
+    fn shape(&self, name: &str) -> Option<&[usize]>;
+
+    /// Reads one tensor to CPU memory in its stored type; quantised ones dequantised.
+    ///
+    /// # Errors
+    /// If it is absent or its bytes cannot be read.
+    fn load(&self, name: &str) -> Result<Tensor>;
+}

@@ -1,0 +1,1 @@
+//! Ingle's server: HTTP and text in front of the engine.
