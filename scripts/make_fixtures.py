@@ -281,6 +281,8 @@ def legacy_config(path):
     config["rope_scaling"] = full or None
     if config.get("model_type") in ("gemma2", "qwen2", "qwen3_moe"):
         config.pop("layer_types", None)
+    if config.get("model_type") == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -31,7 +31,10 @@ impl Batch {
             return refuse(format!("cu_seqlens_q does not cut {tokens} tokens into {seqs} sequences"));
         }
         if !is_prefix_sum(&meta.cu_blocks, seqs, meta.block_tables.len()) {
-            return refuse(format!("cu_blocks does not cut {} blocks into {seqs} tables", meta.block_tables.len()));
+            return refuse(format!(
+                "cu_blocks does not cut {} blocks into {seqs} tables",
+                meta.block_tables.len()
+            ));
         }
         if meta.block_size != cache.block_size() || cache.num_layers() != num_layers {
             return refuse(format!("blocks of {}, the cache has {}", meta.block_size, cache.block_size()));

@@ -201,7 +201,11 @@ impl DecoderConfig {
     }
 
     /// Gives `sliding_window` to the layers that `layer_types` names, or, without that key, to those that `slides` says.
-    pub(crate) fn read_windows(&mut self, json: &ConfigJson<'_>, slides: impl Fn(usize) -> bool) -> Result<()> {
+    pub(crate) fn read_windows(
+        &mut self,
+        json: &ConfigJson<'_>,
+        slides: impl Fn(usize) -> bool,
+    ) -> Result<()> {
         let window = json.opt_size("sliding_window", MAX_POSITION)?;
         let types = json.list("layer_types")?;
         if let Some(types) = types.filter(|types| types.len() != self.layers.len()) {
@@ -231,7 +235,11 @@ impl DecoderConfig {
     }
 
     /// The sizes of a mixture of experts, under the names all families share.
-    pub(crate) fn read_moe(json: &ConfigJson<'_>, intermediate_key: &str, naming: ExpertNaming) -> Result<MoeConfig> {
+    pub(crate) fn read_moe(
+        json: &ConfigJson<'_>,
+        intermediate_key: &str,
+        naming: ExpertNaming,
+    ) -> Result<MoeConfig> {
         let num_experts = match json.opt_size("num_local_experts", MAX_EXPERTS)? {
             Some(n) => n,
             None => json.size("num_experts", MAX_EXPERTS)?,
@@ -248,7 +256,7 @@ impl DecoderConfig {
     /// Refuses what cannot be computed.
     pub(crate) fn validate(&self, json: &ConfigJson<'_>) -> Result<()> {
         let refuse = |message: String| Err(json.invalid(message));
-        if self.num_heads % self.num_kv_heads != 0 {
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let (heads, kv_heads) = (self.num_heads, self.num_kv_heads);
             return refuse(format!("{heads} attention heads cannot share {kv_heads} key/value heads"));
         }

@@ -80,7 +80,8 @@ impl Decoder {
     ) -> Result<Self> {
         let embedding = loader.matrix(&spec.embedding)?;
         let layers = spec.layers.iter().enumerate();
-        let layers = layers.map(|(idx, spec)| load_layer(&config, idx, spec, loader)).collect::<Result<_>>()?;
+        let layers =
+            layers.map(|(idx, spec)| load_layer(&config, idx, spec, loader)).collect::<Result<_>>()?;
         let norm = loader.norm(&spec.norm)?;
         let head = match &spec.head {
             Some(head) => loader.matrix(head)?,
@@ -233,7 +234,12 @@ fn rounded(x: f64, dtype: DType) -> f64 {
     }
 }
 
-fn load_layer(config: &DecoderConfig, idx: usize, spec: &LayerSpec, loader: &mut Loader<'_>) -> Result<Layer> {
+fn load_layer(
+    config: &DecoderConfig,
+    idx: usize,
+    spec: &LayerSpec,
+    loader: &mut Loader<'_>,
+) -> Result<Layer> {
     let layer = config.layers[idx];
     Ok(Layer {
         attn_pre_norm: loader.opt_norm(spec.attn_pre_norm.as_ref())?,

@@ -107,7 +107,12 @@ impl ModelSpec {
         for spec in self.tensors() {
             let TensorSpec { name, shape } = spec;
             match source.shape(name) {
-                None => return Err(invalid(source.path(), format!("tensor {name:?} of shape {shape:?} is missing"))),
+                None => {
+                    return Err(invalid(
+                        source.path(),
+                        format!("tensor {name:?} of shape {shape:?} is missing"),
+                    ));
+                }
                 Some(found) if found != shape.as_slice() => {
                     return Err(invalid(
                         source.file_of(name),
@@ -134,7 +139,8 @@ impl LinearSpec {
 
 /// Matrices `PREFIX.NAME.weight` of the given rows, all with `cols` columns.
 fn linear(prefix: &str, parts: &[(&str, usize)], cols: usize, bias: bool) -> LinearSpec {
-    let spec = |name: &str, suffix: &str, shape| TensorSpec { name: format!("{prefix}.{name}.{suffix}"), shape };
+    let spec =
+        |name: &str, suffix: &str, shape| TensorSpec { name: format!("{prefix}.{name}.{suffix}"), shape };
     let weights = parts.iter().map(|(name, rows)| spec(name, "weight", vec![*rows, cols])).collect();
     let biases = parts.iter().filter(|_| bias).map(|(name, rows)| spec(name, "bias", vec![*rows])).collect();
     LinearSpec { weights, biases }
@@ -162,7 +168,9 @@ fn layer(config: &DecoderConfig, idx: usize, source: &dyn TensorSource) -> Layer
     // `post_attention_layernorm` is Llama's name for the norm before the MLP, and Gemma's for that after attention.
     let (attn_pre, attn_post, mlp_pre, mlp_post) = match config.norm_placement {
         NormPlacement::Pre => (Some("input_layernorm"), None, Some("post_attention_layernorm"), None),
-        NormPlacement::Post => (None, Some("post_attention_layernorm"), None, Some("post_feedforward_layernorm")),
+        NormPlacement::Post => {
+            (None, Some("post_attention_layernorm"), None, Some("post_feedforward_layernorm"))
+        }
         NormPlacement::Sandwich => (
             Some("input_layernorm"),
             Some("post_attention_layernorm"),
@@ -207,7 +215,10 @@ fn experts(prefix: &str, hidden: usize, moe: &MoeConfig, source: &dyn TensorSour
             router: linear(&format!("{prefix}.mlp"), &[("gate", moe.num_experts)], hidden, false),
             experts: ExpertsSpec::Fused {
                 gate_up: TensorSpec { name: fused, shape: shape(2 * width, hidden) },
-                down: TensorSpec { name: format!("{prefix}.mlp.experts.down_proj"), shape: shape(hidden, width) },
+                down: TensorSpec {
+                    name: format!("{prefix}.mlp.experts.down_proj"),
+                    shape: shape(hidden, width),
+                },
             },
         };
     }

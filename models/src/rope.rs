@@ -72,7 +72,9 @@ impl RopeConfig {
             Some(scaling) => Some(scaling),
             None => json.object("rope_parameters")?,
         };
-        if parameters.is_some_and(|p| p.get("full_attention").is_some() || p.get("sliding_attention").is_some()) {
+        if parameters
+            .is_some_and(|p| p.get("full_attention").is_some() || p.get("sliding_attention").is_some())
+        {
             return Err(json.invalid("rope_parameters by layer type are not supported for this architecture"));
         }
         Self::read_from(json, parameters, context)
@@ -97,7 +99,8 @@ impl RopeConfig {
         let rotary_dim = (context.head_dim as f64 * partial) as usize;
         if rotary_dim == 0 || rotary_dim % 2 == 1 || rotary_dim > context.head_dim {
             let head_dim = context.head_dim;
-            return Err(json.invalid(format!("{rotary_dim} of {head_dim} head dimensions cannot be rotated in pairs")));
+            return Err(json
+                .invalid(format!("{rotary_dim} of {head_dim} head dimensions cannot be rotated in pairs")));
         }
         let kind = match parameters {
             None => RopeKind::Default,
@@ -135,7 +138,9 @@ fn read_kind(
         "llama3" => {
             let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
             if high <= low {
-                return Err(json.invalid(format!("high_freq_factor {high} must exceed low_freq_factor {low}")));
+                return Err(
+                    json.invalid(format!("high_freq_factor {high} must exceed low_freq_factor {low}"))
+                );
             }
             RopeKind::Llama3 {
                 factor: required("factor")?,
@@ -271,7 +276,12 @@ impl Rope {
     }
 
     /// As [`Rope::tables`], with frequencies of its own for each position past the trained length.
-    fn dynamic_tables(&self, dynamic: &DynamicRope, positions: &[u32], device: &Device) -> Result<RopeTables> {
+    fn dynamic_tables(
+        &self,
+        dynamic: &DynamicRope,
+        positions: &[u32],
+        device: &Device,
+    ) -> Result<RopeTables> {
         let half = self.inv_freq.len();
         let dim = (2 * half) as f64;
         let mut cos = Vec::with_capacity(positions.len() * half);
@@ -287,7 +297,10 @@ impl Rope {
             }
         }
         let shape = (positions.len(), half);
-        Ok(RopeTables { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+        Ok(RopeTables {
+            cos: Tensor::from_vec(cos, shape, device)?,
+            sin: Tensor::from_vec(sin, shape, device)?,
+        })
     }
 }
 

@@ -98,8 +98,7 @@ pub(crate) fn parse_header(header: &[u8], data_len: u64) -> Result<Vec<Entry>, S
     if header.first() != Some(&b'{') {
         return Err("offset 8: the header does not start with '{'".to_owned());
     }
-    let RawHeader(raw) =
-        serde_json::from_slice(header).map_err(|e| format!("header is not valid: {e}"))?;
+    let RawHeader(raw) = serde_json::from_slice(header).map_err(|e| format!("header is not valid: {e}"))?;
     let mut entries = raw.into_iter().map(|(name, raw)| entry(name, raw)).collect::<Result<Vec<_>, _>>()?;
 
     entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -112,13 +111,18 @@ pub(crate) fn parse_header(header: &[u8], data_len: u64) -> Result<Vec<Entry>, S
     for entry in &entries {
         if entry.begin != end {
             let what = if entry.begin < end { "overlaps the tensor before it" } else { "follows a gap" };
-            return Err(format!("tensor {:?} at data offset {} {what} (wanted {end})", entry.name, entry.begin));
+            return Err(format!(
+                "tensor {:?} at data offset {} {what} (wanted {end})",
+                entry.name, entry.begin
+            ));
         }
         // No overflow: `entry` computed begin + len as the stated end.
         end = entry.begin + entry.len;
     }
     if end != data_len {
-        return Err(format!("the tensors take {end} bytes of data, the file has {data_len}: truncated download?"));
+        return Err(format!(
+            "the tensors take {end} bytes of data, the file has {data_len}: truncated download?"
+        ));
     }
     Ok(entries)
 }
@@ -129,7 +133,10 @@ fn entry(name: String, raw: RawEntry) -> Result<Entry, String> {
         return Err(format!("tensor {name:?} has the unknown type {dtype:?}"));
     };
     if shape.len() > MAX_DIMS {
-        return Err(format!("tensor {name:?} has {} dimensions; at most {MAX_DIMS} are accepted", shape.len()));
+        return Err(format!(
+            "tensor {name:?} has {} dimensions; at most {MAX_DIMS} are accepted",
+            shape.len()
+        ));
     }
     let elements = shape.iter().try_fold(1u64, |n, dim| n.checked_mul(*dim as u64));
     let total_bits = elements.and_then(|n| n.checked_mul(bits)).filter(|bits| bits % 8 == 0);
@@ -245,7 +252,7 @@ mod tests {
                 format!(r#""{i}":{{"dtype":"U8","shape":[{n}],"data_offsets":[{begin},{}]}}"#, begin + n)
             }).collect();
             let header = format!("{{{}}}", entries.join(","));
-            let mut covered = vec![0; 40];
+            let mut covered = [0; 40];
             for (begin, n) in &offsets {
                 (*begin..begin + n).for_each(|at| covered[at as usize] += 1);
             }

@@ -73,17 +73,26 @@ impl FolderSource {
         let mut by_file = BTreeMap::<String, Vec<String>>::new();
         for (name, file) in parsed.weight_map.0 {
             if !is_plain_name(&file) {
-                return Err(invalid(index, format!("weight_map places {name:?} in {file:?}, not a plain file name")));
+                return Err(invalid(
+                    index,
+                    format!("weight_map places {name:?} in {file:?}, not a plain file name"),
+                ));
             }
             by_file.entry(file).or_default().push(name);
         }
         if by_file.len() > MAX_SHARDS {
-            return Err(invalid(index, format!("names {} files; at most {MAX_SHARDS} are accepted", by_file.len())));
+            return Err(invalid(
+                index,
+                format!("names {} files; at most {MAX_SHARDS} are accepted", by_file.len()),
+            ));
         }
         for (file, names) in by_file {
             let path = self.path.join(&file);
             if !exists(&path)? {
-                return Err(invalid(&path, format!("is missing; {INDEX} places {} tensors in it", names.len())));
+                return Err(invalid(
+                    &path,
+                    format!("is missing; {INDEX} places {} tensors in it", names.len()),
+                ));
             }
             let shard = self.shards.len();
             let entries = self.add_shard(&path, root)?;
@@ -166,7 +175,9 @@ impl TensorSource for FolderSource {
         let shape = entry.shape.as_slice();
         let elements: usize = shape.iter().product();
         Ok(match dtype {
-            Some(DType::BF16) => Tensor::from_vec(read::<bf16>(shard, entry, elements)?, shape, &Device::Cpu)?,
+            Some(DType::BF16) => {
+                Tensor::from_vec(read::<bf16>(shard, entry, elements)?, shape, &Device::Cpu)?
+            }
             Some(DType::F16) => Tensor::from_vec(read::<f16>(shard, entry, elements)?, shape, &Device::Cpu)?,
             _ => Tensor::from_vec(read::<f32>(shard, entry, elements)?, shape, &Device::Cpu)?,
         })

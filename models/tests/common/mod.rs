@@ -1,6 +1,6 @@
 //! What the tests of this crate share: fixtures, and a small driver that places sequences in a paged cache.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 
 use std::path::{Path, PathBuf};
 
