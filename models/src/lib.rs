@@ -6,12 +6,27 @@
 
 mod batch;
 mod causal_lm;
+mod config;
+mod decoder;
 mod error;
+mod families;
+mod json;
 mod kv_cache;
+mod layout;
+mod linear;
+mod load;
+mod loader;
+mod mlp;
+mod moe;
+mod registry;
+mod rope;
+mod safetensors;
 mod source;
+mod weights;
 
 pub use batch::Batch;
-pub use causal_lm::{CausalLm, LoadOptions, ModelInfo, load_causal_lm};
+pub use causal_lm::{CausalLm, LoadOptions, LoadProgress, ModelInfo, Progress};
 pub use error::{Error, Result};
 pub use kv_cache::KvCache;
+pub use load::load_causal_lm;
 pub use source::TensorSource;
