@@ -6,12 +6,16 @@
 
 mod batch;
 mod causal_lm;
+mod convert;
 mod error;
+mod gguf;
 mod kv_cache;
 mod source;
 
 pub use batch::Batch;
 pub use causal_lm::{CausalLm, LoadOptions, ModelInfo, load_causal_lm};
+pub use convert::{ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, convert};
 pub use error::{Error, Result};
+pub use gguf::{GgufText, text_files as gguf_text_files};
 pub use kv_cache::KvCache;
 pub use source::TensorSource;
