@@ -14,6 +14,7 @@ use crate::causal_lm::{CausalLm, LoadOptions, ModelInfo};
 use crate::config::DecoderConfig;
 use crate::decoder::{Decoder, Placement};
 use crate::error::{Result, invalid};
+use crate::gguf;
 use crate::json::{ConfigJson, read_object};
 use crate::layout::ModelSpec;
 use crate::loader::Loader;
@@ -28,7 +29,21 @@ use crate::weights::FolderSource;
 /// # Errors
 /// Names the file and what is wrong with it; [`crate::Error::UnknownArchitecture`] lists the known ones.
 pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
-    load_folder(path, options)
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        load_gguf(path, options)
+    } else {
+        load_folder(path, options)
+    }
+}
+
+fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+    let model = gguf::open(path)?;
+    let object = |value| match value {
+        Value::Object(object) => object,
+        _ => Map::new(),
+    };
+    let (config, generation) = (object(model.config), object(model.generation_config));
+    load_parts((path, &config), (path, &generation), || Ok(model.source), options)
 }
 
 fn load_folder(folder: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
