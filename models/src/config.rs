@@ -18,6 +18,8 @@ const MAX_LAYERS: usize = 1 << 12;
 const MAX_HEADS: usize = 1 << 12;
 const MAX_HEAD_DIM: usize = 1 << 12;
 const MAX_EXPERTS: usize = 1 << 12;
+/// Over all layers: each is described before it is looked for.
+const MAX_EXPERTS_OF_ALL_LAYERS: usize = 1 << 17;
 
 /// A decoder-only transformer.
 #[derive(Debug, Clone, PartialEq)]
@@ -276,6 +278,9 @@ impl DecoderConfig {
         }
         if let Some(moe) = self.moe.filter(|moe| moe.top_k > moe.num_experts) {
             return refuse(format!("{} experts a token of only {}", moe.top_k, moe.num_experts));
+        }
+        if self.moe.is_some_and(|moe| moe.num_experts * self.layers.len() > MAX_EXPERTS_OF_ALL_LAYERS) {
+            return refuse(format!("more than {MAX_EXPERTS_OF_ALL_LAYERS} experts over all layers"));
         }
         if self.num_heads.checked_mul(self.head_dim).is_none_or(|width| width > MAX_WIDTH) {
             return refuse(format!("{} heads of width {} are too wide", self.num_heads, self.head_dim));

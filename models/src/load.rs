@@ -196,8 +196,11 @@ mod tests {
 
     use candle_core::{DType, Device};
 
-    use super::{Placement, check_memory, parse_meminfo};
+    use super::{LoadOptions, Placement, check_memory, load_causal_lm, parse_meminfo};
+    use crate::convert::{ConvertDtype, ConvertOptions, convert};
+    use crate::gguf::writer::tiny;
     use crate::weights::FolderSource;
+    use crate::{Batch, CausalLm};
 
     #[test]
     fn a_model_larger_than_memory_is_refused() {
@@ -222,5 +225,42 @@ mod tests {
         assert_eq!(parse_meminfo(text), Some(65536));
         assert_eq!(parse_meminfo("MemTotal: 100 kB\n"), None);
         assert_eq!(parse_meminfo("MemAvailable: 18446744073709551615 kB"), None);
+    }
+
+    /// Logits of three tokens, alone in a cache.
+    fn logits(model: &dyn CausalLm) -> Vec<Vec<f32>> {
+        let mut batch = Batch { input_ids: vec![1, 3, 2], logit_rows: vec![0, 1, 2], ..Batch::default() };
+        batch.meta.positions = vec![0, 1, 2];
+        batch.meta.slot_mapping = vec![0, 1, 2];
+        batch.meta.cu_seqlens_q = vec![0, 3];
+        batch.meta.seq_lens = vec![3];
+        batch.meta.block_tables = vec![0];
+        batch.meta.cu_blocks = vec![0, 1];
+        batch.meta.block_size = 4;
+        let mut cache = model.new_cache(1, 4).expect("a cache");
+        model.forward(&batch, &mut cache).and_then(|t| Ok(t.to_vec2()?)).expect("logits")
+    }
+
+    #[test]
+    fn a_gguf_file_is_the_folder_it_converts_to() {
+        for architecture in ["llama", "qwen2", "qwen3"] {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let gguf = tiny(architecture).write_to(dir.path());
+            let folder = dir.path().join("converted");
+            let options = ConvertOptions { dtype: ConvertDtype::F32, ..ConvertOptions::default() };
+            convert(&gguf, &folder, options, &mut |_| {}).expect("converts");
+
+            let load = |path: &Path| {
+                let options = LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() };
+                load_causal_lm(path, &options).expect("loads")
+            };
+            let (from_file, from_folder) = (load(&gguf), load(&folder));
+            assert_eq!(from_file.info().eos_token_ids, from_folder.info().eos_token_ids);
+            assert_eq!(from_file.info().num_parameters, from_folder.info().num_parameters);
+            let rows = logits(&*from_file);
+            assert!(rows.iter().flatten().all(|x| x.is_finite()));
+            assert_ne!(rows[0], rows[2], "{architecture}");
+            assert_eq!(rows, logits(&*from_folder), "{architecture}");
+        }
     }
 }

@@ -144,6 +144,7 @@ fn impossible_family_configs_are_refused() {
     let cases = [
         ("mixtral", "num_experts_per_tok", json!(5), "5 experts a token of only 4"),
         ("mixtral", "num_local_experts", json!(0), "num_local_experts"),
+        ("mixtral", "num_local_experts", json!(4096), "131072 experts over all layers"),
         ("gemma2", "query_pre_attn_scalar", json!(0), "query_pre_attn_scalar"),
         ("gemma2", "final_logit_softcapping", json!(-1), "final_logit_softcapping"),
         ("gemma3", "layer_types", json!(["full_attention"]), "layer_types has 1 entries for 3 layers"),
@@ -156,6 +157,9 @@ fn impossible_family_configs_are_refused() {
     ];
     for (name, key, value, want) in cases {
         let mut changes = vec![(key, value)];
+        if want.ends_with("over all layers") {
+            changes.push(("num_hidden_layers", json!(4096)));
+        }
         if want == "too wide" {
             changes.extend([
                 ("num_attention_heads", json!(4096)),
