@@ -9,11 +9,9 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use ingle_engine::{EngineError, InvalidKind, InvalidRequest, SubmitError};
+use ingle_engine::{EngineError, InvalidKind, InvalidRequest};
 use serde::Serialize;
 use utoipa::ToSchema;
-
-use crate::text::TextError;
 
 /// Characters of client input that a message repeats at most.
 const MAX_QUOTE: usize = 96;
@@ -229,7 +227,7 @@ impl From<InvalidRequest> for ApiError {
     fn from(refusal: InvalidRequest) -> Self {
         match refusal.kind {
             InvalidKind::ContextLength { prompt_tokens, max_tokens, max_model_len } => {
-                context_length(prompt_tokens, max_tokens, max_model_len).with_param(refusal.param)
+                context_length(prompt_tokens, max_tokens as usize, max_model_len).with_param(refusal.param)
             }
             InvalidKind::Value => Self::invalid(refusal.param, refusal.message),
         }

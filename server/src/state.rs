@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     auth::ApiKeys,
     metrics::Metrics,
-    text::{ChatTemplate, TextPool, Tokenizer},
+    text::{ChatTemplate, TextLimits, TextPool, Tokenizer},
 };
 
 /// Settings of the HTTP side.
@@ -119,26 +119,34 @@ struct Inner {
 
 impl AppState {
     /// Puts the parts together. Keys are hashed here; their text is not kept.
-    #[must_use]
-    pub fn new(mut config: AppConfig, engine: EngineHandle, text: Arc<TextModel>, card: ModelCard) -> Self {
+    ///
+    /// # Errors
+    /// If the threads for text work cannot be started.
+    pub fn new(
+        mut config: AppConfig,
+        engine: EngineHandle,
+        text: Arc<TextModel>,
+        card: ModelCard,
+    ) -> std::io::Result<Self> {
         if config.served_names.is_empty() {
             config.served_names.push(card.root.clone());
         }
         let keys = ApiKeys::new(std::mem::take(&mut config.api_keys));
         let limits = engine.limits().clone();
         let metrics = Metrics::new(config.served_names.first().map_or("", String::as_str), &limits, &engine.stats());
-        Self(Arc::new(Inner {
+        let pool = TextPool::new(TextLimits { max_bytes: config.max_body_bytes, ..TextLimits::default() })?;
+        Ok(Self(Arc::new(Inner {
             config,
             engine,
             limits,
             text,
-            pool: TextPool::default(),
+            pool,
             card,
             keys,
             metrics,
             draining: AtomicBool::new(false),
             cut: CancellationToken::new(),
-        }))
+        })))
     }
 
     pub(crate) fn config(&self) -> &AppConfig {

@@ -97,8 +97,9 @@ pub(crate) async fn render(State(state): State<AppState>, request: Request) -> A
 /// Renders and encodes on a worker thread. Special-token text inside messages stays text.
 pub(crate) async fn encode(state: &AppState, conversation: Conversation) -> ApiResult<Vec<u32>> {
     let text = std::sync::Arc::clone(state.text());
+    let bytes = conversation.num_bytes();
     let work = move || text.template.encode_chat(&text.tokenizer, &conversation.input());
-    state.pool().run(work).await.map_err(|error| tokens::text_error(error, "messages"))
+    state.pool().run(bytes, work).await.map_err(|error| tokens::text_error(error, "messages"))
 }
 
 /// `Some(k)`: report each token and `k` alternatives.

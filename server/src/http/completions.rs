@@ -218,7 +218,7 @@ async fn echoes(
         };
         Ok(prompts.into_iter().map(echo).collect())
     };
-    state.pool().run(work).await.map_err(|error| tokens::text_error(error, "prompt"))
+    state.pool().run(0, work).await.map_err(|error| tokens::text_error(error, "prompt"))
 }
 
 struct Head {

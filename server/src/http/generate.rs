@@ -12,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, stream};
 use ingle_engine::{FinishReason, Request, SubmitError, TokenEvent, TokenLogprobs, TokenStream, Usage};
 
 use crate::{
@@ -273,9 +273,6 @@ impl Driver {
         let all_done = self.choices.iter().all(|choice| choice.done);
         if all_done {
             // A stop string ends a request the engine would go on with: what is cached is known only from its stream.
-            if let Some(usage) = self.stream.as_ref().and_then(|stream| stream.usage()) {
-                self.counts.cached_tokens = usage.cached_tokens;
-            }
             self.stream = None;
             self.times.finish(self.state.metrics(), reason, self.counts, self.last_usage);
         }

@@ -45,6 +45,12 @@ impl Conversation {
         Ok(Self { messages, add_generation_prompt, continue_final_message, kwargs })
     }
 
+    /// Bytes of text in the messages, about.
+    pub(crate) fn num_bytes(&self) -> usize {
+        let strings = self.messages.iter().filter_map(Value::as_object).flat_map(Map::values);
+        strings.filter_map(Value::as_str).map(str::len).sum()
+    }
+
     /// The template's view.
     pub(crate) fn input(&self) -> ChatInput<'_> {
         ChatInput {
@@ -52,7 +58,7 @@ impl Conversation {
             tools: None,
             add_generation_prompt: self.add_generation_prompt,
             continue_final_message: self.continue_final_message,
-            kwargs: &self.kwargs,
+            kwargs: (!self.kwargs.is_empty()).then_some(&self.kwargs),
         }
     }
 }

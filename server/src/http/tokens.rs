@@ -51,15 +51,16 @@ pub(crate) async fn encode(
     add_special_tokens: bool,
 ) -> ApiResult<Vec<Vec<u32>>> {
     let tokenizer = Arc::clone(&state.text().tokenizer);
+    let bytes = texts.iter().map(String::len).sum();
     let work = move || texts.iter().map(|text| tokenizer.encode(text, specials, add_special_tokens)).collect();
-    state.pool().run(work).await.map_err(|error| text_error(error, "prompt"))
+    state.pool().run(bytes, work).await.map_err(|error| text_error(error, "prompt"))
 }
 
 /// Decodes `ids` on a worker thread.
 pub(crate) async fn decode(state: &AppState, ids: Vec<u32>, skip_special: bool) -> ApiResult<String> {
     let tokenizer = Arc::clone(&state.text().tokenizer);
     let work = move || Ok(tokenizer.decode(&ids, skip_special));
-    state.pool().run(work).await.map_err(|error| text_error(error, "tokens"))
+    state.pool().run(0, work).await.map_err(|error| text_error(error, "tokens"))
 }
 
 /// What a client is told when its text could not be handled. `param` is where the text came from.

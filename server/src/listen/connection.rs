@@ -19,7 +19,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use hyper::{
-    body::{Body as _, Bytes, Frame, Incoming, SizeHint},
+    body::{Bytes, Frame, Incoming, SizeHint},
     service::service_fn,
 };
 use hyper_util::{
