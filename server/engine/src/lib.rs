@@ -16,6 +16,7 @@ mod fault;
 mod handle;
 mod plan;
 mod request;
+mod runner;
 mod sampler;
 mod scheduler;
 #[cfg(feature = "testing")]
@@ -33,6 +34,9 @@ pub use plan::{RequestId, SampleSpec, ScheduledSeq, SeqId, StepId, StepPlan};
 pub use request::{
     EngineError, FinishReason, InvalidKind, InvalidRequest, Request, SamplingParams, TokenEvent,
     TokenLogprobs, Usage, ValidatedRequest,
+};
+pub use runner::{
+    CacheOptions, DType, Device, KvBudget, LoadOptions, LoadTimings, ModelInfo, ModelRunner, RunnerError,
 };
 pub use scheduler::{MAX_PASSES, MAX_PREEMPTIONS, NeverFits, Scheduler, SchedulerCounters, SchedulerEvent};
 pub use sequence::SeqStatus;

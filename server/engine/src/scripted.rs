@@ -41,7 +41,8 @@ enum Script {
 /// See the module's words.
 pub struct ScriptedBackend {
     script: Script,
-    memory: HashMap<usize, Slot>,
+    /// By slot; grows as slots are written.
+    memory: Vec<Option<Slot>>,
     delay: Duration,
     failures: HashMap<u64, StepFailure>,
     nan_when: Option<Box<dyn FnMut(&[u32]) -> bool + Send>>,
@@ -77,7 +78,7 @@ impl ScriptedBackend {
     fn new(script: Script) -> Self {
         Self {
             script,
-            memory: HashMap::new(),
+            memory: Vec::new(),
             delay: Duration::ZERO,
             failures: HashMap::new(),
             nan_when: None,
@@ -113,10 +114,14 @@ impl ScriptedBackend {
         self.corrupt_rows
     }
 
-    /// The token in `slot` and whether it follows from `before` (the digest of the slot before it).
+    /// What `slot` holds: a token and the digest of all tokens up to it.
     #[must_use]
     pub fn token_at(&self, slot: usize) -> Option<(u32, u64)> {
-        self.memory.get(&slot).map(|slot| (slot.token, slot.digest))
+        self.stored(slot).map(|slot| (slot.token, slot.digest))
+    }
+
+    fn stored(&self, slot: usize) -> Option<Slot> {
+        self.memory.get(slot).copied().flatten()
     }
 
     /// The digest of the empty sequence.
@@ -147,11 +152,14 @@ impl ScriptedBackend {
             let before = match position.checked_sub(1) {
                 None => Self::START,
                 Some(before) => Self::slot(plan, part, before)
-                    .and_then(|slot| self.memory.get(&slot))
+                    .and_then(|slot| self.stored(slot))
                     .map_or(0, |slot| slot.digest),
             };
             if let Some(slot) = Self::slot(plan, part, position) {
-                self.memory.insert(slot, Slot { token, digest: Self::digest(before, token, position) });
+                if self.memory.len() <= slot {
+                    self.memory.resize(slot + 1, None);
+                }
+                self.memory[slot] = Some(Slot { token, digest: Self::digest(before, token, position) });
             }
         }
     }
@@ -162,7 +170,7 @@ impl ScriptedBackend {
         let mut digest = Self::START;
         let mut intact = true;
         for position in 0..len {
-            let slot = Self::slot(plan, part, position).and_then(|slot| self.memory.get(&slot));
+            let slot = Self::slot(plan, part, position).and_then(|slot| self.stored(slot));
             let token = slot.map_or(u32::MAX, |slot| slot.token);
             digest = Self::digest(digest, token, position);
             intact &= slot.is_some_and(|slot| slot.digest == digest);

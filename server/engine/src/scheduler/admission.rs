@@ -6,10 +6,10 @@ use super::{BlockId, Fault, MAX_PASSES, Rank, Scheduler, SeqId, SeqStatus, Seque
 const MAX_TRIES: usize = 32;
 
 impl Scheduler {
-    /// Admits sequences in order of rank while there is budget and room. A head that does not fit may be passed by
+    /// Admits sequences in order of rank while there is budget and room. One that does not fit may be passed by
     /// later ones, but only [`MAX_PASSES`] times.
     pub(super) fn schedule_waiting(&mut self, plan: &mut StepPlan, budget: &mut usize) {
-        let mut head: Option<SeqId> = None;
+        let mut skipped: Vec<SeqId> = Vec::new();
         let mut after: Option<Rank> = None;
         let mut tries = 0;
         while *budget > 0 && self.running.len() < self.config.max_num_seqs && tries < MAX_TRIES {
@@ -19,18 +19,19 @@ impl Scheduler {
                 continue;
             }
             tries += 1;
-            match self.admit(id, *budget, head.is_none()) {
-                Some(count) => {
-                    *budget -= count;
-                    self.push_scheduled(plan, id, count);
-                    if let Some(head) = head.and_then(|head| self.seqs.get_mut(&head)) {
-                        head.passed += 1;
+            if let Some(count) = self.admit(id, *budget, skipped.is_empty()) {
+                *budget -= count;
+                self.push_scheduled(plan, id, count);
+                for other in &skipped {
+                    if let Some(seq) = self.seqs.get_mut(other) {
+                        seq.passed += 1;
                     }
                 }
-                None => head = head.or(Some(id)),
+            } else {
+                skipped.push(id);
             }
-            let exhausted = |head: SeqId| self.seqs[&head].passed >= MAX_PASSES;
-            if head.is_some_and(exhausted) && !self.faults.has(Fault::UnboundedPassing) {
+            let has_waited_enough = |id: &SeqId| self.seqs[id].passed >= MAX_PASSES;
+            if skipped.iter().any(has_waited_enough) && !self.faults.has(Fault::UnboundedPassing) {
                 break;
             }
         }
