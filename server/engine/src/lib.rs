@@ -1,13 +1,50 @@
 //! The engine: token ids in, token ids out. No text, no JSON, no HTTP.
 //!
-//! One thread owns scheduler, cache and model and repeats: receive, schedule, execute, update, send.
-//! A [`EngineHandle`] submits a [`ValidatedRequest`] and gets a [`TokenStream`]; dropping the stream aborts the request.
+//! One thread owns scheduler, cache and model and repeats: receive, schedule, execute, update, send. An
+//! [`EngineHandle`] submits a [`ValidatedRequest`] and gets a [`TokenStream`]; dropping the stream aborts the request.
+//!
+//! - [`Scheduler`]: which sequence computes what, in which cache blocks; a pure state machine.
+//! - [`Backend`]: computes a [`StepPlan`]; [`ModelRunner`] is the real one.
+//! - [`Engine`]: the thread between the two and the clients.
 
+mod backend;
+mod block_hash;
+mod block_pool;
 mod config;
+mod engine;
+mod fault;
+mod handle;
+mod plan;
 mod request;
+mod runner;
+mod sampler;
+mod scheduler;
+#[cfg(feature = "testing")]
+mod scripted;
+mod sequence;
+mod stats;
 
-pub use config::{EngineConfig, Limits};
+pub use backend::{Backend, BackendError, SampleResult, SeqOutput, StepOutput};
+pub use block_hash::{BlockHash, BlockHasher};
+pub use block_pool::{BlockId, BlockPool, CacheEntry};
+pub use config::{EngineConfig, Limits, Patience};
+pub use engine::Engine;
+pub use handle::{EngineHandle, Health, SubmitError, TokenStream};
+pub use plan::{RequestId, SampleSpec, ScheduledSeq, SeqId, StepId, StepPlan};
 pub use request::{
-    EngineError, FinishReason, InvalidRequest, Request, SamplingParams, TokenEvent, TokenLogprobs, Usage,
-    ValidatedRequest,
+    EngineError, FinishReason, InvalidKind, InvalidRequest, Request, SamplingParams, TokenEvent,
+    TokenLogprobs, Usage, ValidatedRequest,
 };
+pub use runner::{
+    CacheOptions, DType, Device, KvBudget, LoadOptions, LoadTimings, ModelInfo, ModelRunner, RunnerError,
+};
+pub use scheduler::{MAX_PASSES, MAX_PREEMPTIONS, NeverFits, Scheduler, SchedulerCounters, SchedulerEvent};
+pub use sequence::SeqStatus;
+pub use stats::{EngineStats, SchedulerGauges};
+
+#[cfg(feature = "testing")]
+pub use fault::Fault;
+#[cfg(feature = "testing")]
+pub use scheduler::{SchedulerSnapshot, SeqSnapshot};
+#[cfg(feature = "testing")]
+pub use scripted::{ScriptedBackend, StepFailure};

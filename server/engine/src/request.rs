@@ -80,11 +80,101 @@ pub struct InvalidRequest {
     pub param: &'static str,
     /// What is wrong with it.
     pub message: String,
+    /// What sort of fault it is.
+    pub kind: InvalidKind,
+}
+
+/// The sorts of faults that an API has different codes for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InvalidKind {
+    /// A value outside of its range.
+    Value,
+    /// The prompt (and one answer token, if any is wanted) does not fit the context.
+    ContextLength {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Answer tokens asked for.
+        max_tokens: u32,
+        /// Prompt plus answer at most.
+        max_model_len: usize,
+    },
 }
 
 /// A request whose every field was checked. The engine accepts nothing else.
 #[derive(Debug, Clone)]
 pub struct ValidatedRequest(Request);
+
+/// Below this temperature sampling is greedy.
+pub(crate) const GREEDY_BELOW: f32 = 1e-5;
+
+impl SamplingParams {
+    /// Whether the likeliest token is always chosen.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.temperature < GREEDY_BELOW
+    }
+
+    /// Whether the choice depends on the tokens before it beyond the model's own look at them.
+    #[must_use]
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    fn validate(&self, limits: &Limits) -> Result<(), InvalidRequest> {
+        let in_range = |param, value: f32, min: f32, max: f32, min_excluded: bool| {
+            // NaN is in no range.
+            let above = if min_excluded { value > min } else { value >= min };
+            if above && value <= max {
+                return Ok(());
+            }
+            let left = if min_excluded { '(' } else { '[' };
+            Err(invalid(param, format!("{value} is not in {left}{min}, {max}]")))
+        };
+        in_range("temperature", self.temperature, 0.0, 2.0, false)?;
+        in_range("top_p", self.top_p, 0.0, 1.0, true)?;
+        in_range("min_p", self.min_p, 0.0, 1.0, false)?;
+        in_range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, true)?;
+        in_range("presence_penalty", self.presence_penalty, -2.0, 2.0, false)?;
+        in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0, false)?;
+        check_len("logit_bias", self.logit_bias.len(), limits)?;
+        for &(id, bias) in &self.logit_bias {
+            check_id("logit_bias", id, limits)?;
+            in_range("logit_bias", bias, -100.0, 100.0, false)?;
+        }
+        check_len("stop_token_ids", self.stop_token_ids.len(), limits)?;
+        for &id in &self.stop_token_ids {
+            check_id("stop_token_ids", id, limits)?;
+        }
+        check_logprobs("logprobs", self.logprobs, limits)
+    }
+}
+
+fn invalid(param: &'static str, message: impl Into<String>) -> InvalidRequest {
+    InvalidRequest { param, message: message.into(), kind: InvalidKind::Value }
+}
+
+fn check_id(param: &'static str, id: u32, limits: &Limits) -> Result<(), InvalidRequest> {
+    if (id as usize) < limits.vocab_size {
+        return Ok(());
+    }
+    Err(invalid(param, format!("{id} is not a token of the model, which has {}", limits.vocab_size)))
+}
+
+fn check_len(param: &'static str, len: usize, limits: &Limits) -> Result<(), InvalidRequest> {
+    if len <= limits.max_token_list {
+        return Ok(());
+    }
+    Err(invalid(param, format!("{len} entries are more than {}", limits.max_token_list)))
+}
+
+fn check_logprobs(param: &'static str, top: Option<u8>, limits: &Limits) -> Result<(), InvalidRequest> {
+    match top {
+        Some(top) if usize::from(top) > limits.max_logprobs => {
+            Err(invalid(param, format!("{top} is more than {}", limits.max_logprobs)))
+        }
+        _ => Ok(()),
+    }
+}
 
 impl Request {
     /// Checks every field against `limits`.
@@ -92,7 +182,44 @@ impl Request {
     /// # Errors
     /// The first field at fault.
     pub fn validate(self, limits: &Limits) -> Result<ValidatedRequest, InvalidRequest> {
-        let _ = limits;
+        if self.prompt.is_empty() {
+            return Err(invalid("prompt", "it has no token"));
+        }
+        for &id in &self.prompt {
+            check_id("prompt", id, limits)?;
+        }
+        if self.n == 0 || usize::from(self.n) > limits.max_n {
+            return Err(invalid("n", format!("{} is not in [1, {}]", self.n, limits.max_n)));
+        }
+        if self.max_tokens == 0 && self.prompt_logprobs.is_none() {
+            return Err(invalid(
+                "max_tokens",
+                "0 is of use only if the prompt's log probabilities are wanted",
+            ));
+        }
+        if self.sampling.min_tokens > self.max_tokens {
+            let (min, max) = (self.sampling.min_tokens, self.max_tokens);
+            return Err(invalid("min_tokens", format!("{min} is more than max_tokens, {max}")));
+        }
+        self.sampling.validate(limits)?;
+        check_logprobs("prompt_logprobs", self.prompt_logprobs, limits)?;
+        let wanted = self.prompt.len().saturating_add(usize::from(self.max_tokens > 0));
+        if wanted > limits.max_model_len {
+            let (prompt_tokens, max_model_len) = (self.prompt.len(), limits.max_model_len);
+            return Err(InvalidRequest {
+                param: "prompt",
+                message: format!(
+                    "This model's maximum context length is {max_model_len} tokens. However, you requested \
+                     {prompt_tokens} tokens in the prompt and {} for the answer.",
+                    self.max_tokens
+                ),
+                kind: InvalidKind::ContextLength {
+                    prompt_tokens,
+                    max_tokens: self.max_tokens,
+                    max_model_len,
+                },
+            });
+        }
         Ok(ValidatedRequest(self))
     }
 }

@@ -1,0 +1,60 @@
+//! The one seam between bookkeeping and tensors.
+
+use crate::plan::StepPlan;
+use crate::request::TokenLogprobs;
+
+/// Computes steps. It keeps keys and values by block and nothing about requests.
+pub trait Backend: Send {
+    /// Carries out `plan` and returns one [`SeqOutput`] for each of its sequences, in order.
+    ///
+    /// # Errors
+    /// If the step as a whole failed; a single bad row is a [`SampleResult::NonFinite`].
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError>;
+}
+
+impl<B: Backend + ?Sized> Backend for Box<B> {
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        (**self).execute(plan)
+    }
+}
+
+/// What a step gave.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepOutput {
+    /// One entry a sequence, in the plan's order.
+    pub seqs: Vec<SeqOutput>,
+}
+
+/// What a step gave for one sequence.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SeqOutput {
+    /// The chosen token, if one was asked for.
+    pub sampled: Option<SampleResult>,
+    /// One entry for each of [`crate::ScheduledSeq::prompt_rows`].
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// A choice, or why there is none.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SampleResult {
+    /// A token.
+    Token {
+        /// Its id.
+        id: u32,
+        /// If asked for.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The row (or a prompt row) held NaN or infinity.
+    NonFinite,
+}
+
+/// Why a step failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// This step's requests are lost, the next step may succeed.
+    #[error("{0}")]
+    Step(String),
+    /// The device is lost; no further step may be tried.
+    #[error("fatal: {0}")]
+    Fatal(String),
+}
