@@ -58,7 +58,7 @@ fn invariants_hold_in_every_world() {
     println!("{sum:?}");
     if seeds.end - seeds.start >= 2000 {
         // A simulation in which nothing happens proves nothing.
-        assert!(sum.finished > 10_000 && sum.cancelled > 500 && sum.failed > 500 && sum.refused > 100, "{sum:?}");
+        assert!(sum.finished > 10_000 && sum.cancelled > 500 && sum.failed > 500, "{sum:?}");
         assert!(sum.preemptions > 500 && sum.evictions > 50 && sum.cached_tokens > 10_000, "{sum:?}");
     }
 }
