@@ -48,7 +48,9 @@ pub enum RunnerError {
     #[error(transparent)]
     Model(#[from] ingle_models::Error),
     /// The budget holds no block.
-    #[error("{budget} bytes are too few for the key/value cache: one block of {block_size} tokens needs {needed}")]
+    #[error(
+        "{budget} bytes are too few for the key/value cache: one block of {block_size} tokens needs {needed}"
+    )]
     CacheTooSmall {
         /// Bytes allowed.
         budget: usize,
@@ -231,7 +233,9 @@ impl ModelRunner {
 /// Blocks that the budget pays for, at most as many as can ever be used at once.
 fn num_blocks(info: &ModelInfo, options: &CacheOptions, longest: usize) -> Result<usize, RunnerError> {
     let CacheOptions { block_size, max_num_seqs, .. } = *options;
-    for (size, name) in [(block_size, "block_size"), (max_num_seqs, "max_num_seqs"), (longest, "max_model_len")] {
+    for (size, name) in
+        [(block_size, "block_size"), (max_num_seqs, "max_num_seqs"), (longest, "max_model_len")]
+    {
         if size == 0 {
             return Err(RunnerError::Zero(name));
         }
@@ -276,7 +280,9 @@ fn batch(plan: &StepPlan) -> Result<(Batch, Vec<usize>), BackendError> {
         meta.seq_lens.push(narrow(part.end())?);
         let prompt_rows = part.prompt_rows();
         let last = part.tokens.len() - 1;
-        let rows = prompt_rows.clone().chain((part.sample.is_some() && !prompt_rows.contains(&last)).then_some(last));
+        let rows = prompt_rows
+            .clone()
+            .chain((part.sample.is_some() && !prompt_rows.contains(&last)).then_some(last));
         let before = batch.logit_rows.len();
         for row in rows {
             batch.logit_rows.push(narrow(first_row + row)?);
@@ -380,16 +386,27 @@ mod tests {
         };
         let seen = Arc::new(Mutex::new(Vec::new()));
         let model = Successor { info, seen: seen.clone() };
-        let options =
-            CacheOptions { block_size: 4, budget, max_model_len: None, max_num_seqs: 2, vocab_size: Some(10) };
+        let options = CacheOptions {
+            block_size: 4,
+            budget,
+            max_model_len: None,
+            max_num_seqs: 2,
+            vocab_size: Some(10),
+        };
         (ModelRunner::new(Box::new(model), &options), seen)
     }
 
     fn part(prompt: &[u32], start: usize, len: usize, blocks: &[u32], scored: bool) -> ScheduledSeq {
         let sampling = SamplingParams { temperature: 0.0, logprobs: Some(1), ..SamplingParams::default() };
         let prompt_logprobs = scored.then_some(1);
-        let request =
-            Request { prompt: prompt.to_vec(), sampling, max_tokens: 5, n: 1, prompt_logprobs, ..Request::default() };
+        let request = Request {
+            prompt: prompt.to_vec(),
+            sampling,
+            max_tokens: 5,
+            n: 1,
+            prompt_logprobs,
+            ..Request::default()
+        };
         let limits =
             Limits { vocab_size: 10, max_model_len: 100, max_n: 1, max_logprobs: 5, max_token_list: 5 };
         let is_last = start + len == prompt.len();

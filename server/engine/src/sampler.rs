@@ -276,3 +276,6 @@ impl LogSoftmax {
         best.into_iter().map(|(id, logit)| (id, self.of(logit))).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

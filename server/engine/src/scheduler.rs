@@ -406,7 +406,6 @@ impl Scheduler {
     fn drop_blocks(&mut self, id: SeqId) {
         self.release_blocks(id);
         let Some(seq) = self.seqs.get_mut(&id) else { return };
-        self.counters.recomputed_tokens += seq.num_confirmed as u64;
         if !self.faults.has(Fault::StaleComputed) {
             seq.reset_computed();
         }
@@ -462,6 +461,7 @@ impl Scheduler {
             prompt_logprobs: if seq.prompt_logprobs.is_some() { req.prompt_logprobs } else { None },
             req: seq.req.clone(),
         });
+        self.counters.recomputed_tokens += seq.num_lost.min(end).saturating_sub(start) as u64;
         seq.num_computed = end;
         seq.last_step = Some(plan.step);
         seq.started = true;
