@@ -62,8 +62,8 @@ pub(super) fn tokenizer_config_json(header: &Header, vocabulary: &Vocabulary<'_>
     }
     let mut config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": adds(header, Side::Start),
-        "add_eos_token": adds(header, Side::End),
+        "add_bos_token": adds(header, vocabulary, Side::Start),
+        "add_eos_token": adds(header, vocabulary, Side::End),
         "added_tokens_decoder": decoder,
         "clean_up_tokenization_spaces": false,
     });
@@ -290,9 +290,13 @@ enum Side {
 }
 
 /// Whether the tokenizer itself puts the start or end token around a text; llama.cpp's defaults where the file is mute.
-fn adds(header: &Header, side: Side) -> bool {
-    let starts = header.text("tokenizer.ggml.model") == Some("llama")
-        || matches!(header.text("tokenizer.ggml.pre"), Some("llama-bpe" | "llama3" | "llama-v3" | "tekken"));
+fn adds(header: &Header, vocabulary: &Vocabulary<'_>, side: Side) -> bool {
+    let starts = match header.text("tokenizer.ggml.model") {
+        Some("gpt2") => {
+            matches!(pre_name(header, vocabulary), "llama-bpe" | "llama3" | "llama-v3" | "tekken")
+        }
+        _ => true,
+    };
     match side {
         Side::Start => header.boolean("tokenizer.ggml.add_bos_token").unwrap_or(starts),
         Side::End => header.boolean("tokenizer.ggml.add_eos_token").unwrap_or(false),
@@ -300,11 +304,12 @@ fn adds(header: &Header, side: Side) -> bool {
 }
 
 fn post_processor(header: &Header, vocabulary: &Vocabulary<'_>, path: &Path) -> Result<Json> {
-    let role = |side, id: Option<u32>, name: &str| match (adds(header, side), id, vocabulary.text(id)) {
-        (false, ..) => Ok(None),
-        (true, Some(id), Some(text)) => Ok(Some((id, text))),
-        (true, ..) => Err(invalid(path, format!("the tokenizer adds a {name} token, but names none"))),
-    };
+    let role =
+        |side, id: Option<u32>, name: &str| match (adds(header, vocabulary, side), id, vocabulary.text(id)) {
+            (false, ..) => Ok(None),
+            (true, Some(id), Some(text)) => Ok(Some((id, text))),
+            (true, ..) => Err(invalid(path, format!("the tokenizer adds a {name} token, but names none"))),
+        };
     let start = role(Side::Start, vocabulary.ids.bos, "start")?;
     let end = role(Side::End, vocabulary.ids.eos, "end")?;
     if start.is_none() && end.is_none() {
