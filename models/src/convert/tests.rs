@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use candle_core::Device;
 
+use ingle_kernels::PagedMeta;
+
 use super::*;
 use crate::gguf::writer::tiny;
+use crate::{Batch, LoadOptions, load_causal_lm};
 
 fn options(dtype: ConvertDtype) -> ConvertOptions {
     ConvertOptions { dtype, overwrite: false }
@@ -64,6 +67,37 @@ fn writes_a_folder_with_equal_weights() {
         assert_eq!(seen.len(), report.num_tensors);
         let last = seen.last().expect("progress");
         assert_eq!((last.done, last.bytes_done), (last.total, last.bytes_total));
+    }
+}
+
+/// The logits of four tokens.
+fn logits(path: &Path) -> Vec<f32> {
+    let options = LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() };
+    let model = load_causal_lm(path, &options).expect("loads");
+    let mut cache = model.new_cache(1, 4).expect("cache");
+    let meta = PagedMeta {
+        positions: vec![0, 1, 2, 3],
+        slot_mapping: vec![0, 1, 2, 3],
+        block_tables: vec![0],
+        cu_blocks: vec![0, 1],
+        cu_seqlens_q: vec![0, 4],
+        seq_lens: vec![4],
+        block_size: 4,
+    };
+    let batch = Batch { input_ids: vec![3, 9, 1, 13], meta, logit_rows: vec![0, 1, 2, 3] };
+    values(&model.forward(&batch, &mut cache).expect("computes"))
+}
+
+#[test]
+fn the_gguf_file_and_the_folder_are_one_model() {
+    for architecture in ["llama", "qwen2", "qwen3"] {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let gguf = tiny(architecture).write_to(dir.path());
+        let out = dir.path().join("out");
+        convert(&gguf, &out, options(ConvertDtype::F32), &mut |_| {}).expect("converts");
+        let direct = logits(&gguf);
+        assert!(direct.iter().all(|x| x.is_finite()) && direct.iter().any(|x| *x != direct[0]));
+        assert_eq!(direct, logits(&out), "{architecture}");
     }
 }
 

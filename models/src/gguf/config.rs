@@ -6,8 +6,8 @@ use serde_json::{Value as Json, json};
 
 use super::header::{Header, Value};
 use super::tensors::GgufSource;
-use super::{invalid, vocabulary};
-use crate::{Error, Result};
+use super::vocabulary;
+use crate::error::{Error, Result, invalid};
 
 /// Architectures as GGUF names them.
 const KNOWN: [(&str, Architecture); 3] =

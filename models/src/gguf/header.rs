@@ -12,12 +12,12 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 
-use super::invalid;
-use crate::{Error, Result};
+use crate::error::{Error, Result, invalid};
 
 /// Everything before the tensor data; vocabularies of 256k tokens with merges need about 20 MiB.
 const MAX_HEADER_BYTES: u64 = 64 << 20;
-const MAX_TENSORS: u64 = 1 << 20;
+/// The largest mixtures of experts have a few thousand.
+const MAX_TENSORS: u64 = 1 << 16;
 const MAX_METADATA: u64 = 1 << 16;
 /// Longest string value: chat templates and licences stay far below.
 const MAX_STRING_BYTES: u64 = 4 << 20;

@@ -301,6 +301,23 @@ fn tokenizers() {
     );
 }
 
+/// Two letters, every string of them up to 17 long: few bytes, and 4 million ways to cut a piece into two pieces.
+#[test]
+fn a_vocabulary_whose_merges_explode() {
+    let mut tokens = Vec::new();
+    for len in 1..=17u32 {
+        tokens.extend((0..1u32 << len).map(|bits| -> String {
+            (0..len).map(|i| if bits >> i & 1 == 1 { 'a' } else { 'b' }).collect()
+        }));
+    }
+    let mut w = Writer::new();
+    w.text("general.architecture", "llama").text("tokenizer.ggml.model", "llama");
+    w.texts("tokenizer.ggml.tokens", &tokens).f32s("tokenizer.ggml.scores", &vec![0.0; tokens.len()]);
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let message = text_files(&w.write_to(dir.path())).expect_err("refused").to_string();
+    assert!(message.contains("more than 2097152 merges"), "{message}");
+}
+
 #[test]
 fn what_is_not_a_file() {
     let dir = tempfile::tempdir().expect("temporary folder");

@@ -21,7 +21,7 @@ use std::path::Path;
 
 use serde_json::Value as Json;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result, invalid};
 use header::Header;
 pub(crate) use tensors::GgufSource;
 
@@ -87,11 +87,6 @@ fn read_header(path: &Path) -> Result<(File, Header)> {
         ));
     }
     Ok((file, header))
-}
-
-/// The error for a file whose content is wrong.
-fn invalid(path: &Path, message: impl Into<String>) -> Error {
-    Error::Invalid { path: path.to_owned(), message: message.into() }
 }
 
 impl Header {

@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::config::{Architecture, ModelShape};
 use super::header::{Header, TensorInfo};
-use super::invalid;
-use crate::{Error, Result, TensorSource};
+use crate::TensorSource;
+use crate::error::{Error, Result, invalid};
 
 /// Divisors of the rotary frequencies; part of the config in transformers.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -119,14 +119,8 @@ impl GgufSource {
                 format!("the file has become shorter: it ends within tensor {name}"),
             ));
         }
-        let plain = match info.dtype {
-            GgmlDType::F32 => Some(DType::F32),
-            GgmlDType::F16 => Some(DType::F16),
-            GgmlDType::BF16 => Some(DType::BF16),
-            _ => None,
-        };
         let device = Device::Cpu;
-        Ok(match plain {
+        Ok(match plain_dtype(info.dtype) {
             Some(dtype) => Tensor::from_raw_buffer(bytes, dtype, &info.shape, &device)?,
             None => {
                 let storage = QStorage::from_data(bytes.into(), &device, info.dtype)?;
@@ -149,6 +143,10 @@ impl TensorSource for GgufSource {
         self.tensors.get(name).map(|entry| entry.info.shape.as_slice())
     }
 
+    fn dtype(&self, name: &str) -> Result<Option<DType>> {
+        Ok(self.tensors.get(name).map(|entry| plain_dtype(entry.info.dtype).unwrap_or(DType::F32)))
+    }
+
     fn load(&self, name: &str) -> Result<Tensor> {
         let entry =
             self.tensors.get(name).ok_or_else(|| invalid(&self.path, format!("tensor {name} is missing")))?;
@@ -157,6 +155,16 @@ impl TensorSource for GgufSource {
             Some(heads) => restore_halves(&tensor, heads),
             None => Ok(tensor),
         }
+    }
+}
+
+/// The type of values that are stored as they are; `None` for quantised ones.
+fn plain_dtype(dtype: GgmlDType) -> Option<DType> {
+    match dtype {
+        GgmlDType::F32 => Some(DType::F32),
+        GgmlDType::F16 => Some(DType::F16),
+        GgmlDType::BF16 => Some(DType::BF16),
+        _ => None,
     }
 }
 

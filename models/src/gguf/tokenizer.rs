@@ -9,14 +9,15 @@ use std::path::Path;
 use serde_json::{Map, Value as Json, json};
 
 use super::header::Header;
-use super::invalid;
 use super::vocabulary::{TokenType, Vocabulary};
-use crate::Result;
+use crate::error::{Error, Result, invalid};
 
 /// SentencePiece writes a space as this.
 const SPACE_MARK: &str = "\u{2581}";
 /// Longest SentencePiece piece whose merges we derive; real ones stay below 100 bytes, and the work is quadratic.
 const MAX_PIECE_BYTES: usize = 512;
+/// Four times as many as the largest known vocabulary has.
+const MAX_MERGES: usize = 1 << 21;
 
 /// Words of GPT-4 (Llama 3): numbers of up to three digits.
 const WORDS_LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -61,8 +62,8 @@ pub(super) fn tokenizer_config_json(header: &Header, vocabulary: &Vocabulary<'_>
     }
     let mut config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": adds(header, Side::Start),
-        "add_eos_token": adds(header, Side::End),
+        "add_bos_token": adds(header, vocabulary, Side::Start),
+        "add_eos_token": adds(header, vocabulary, Side::End),
         "added_tokens_decoder": decoder,
         "clean_up_tokenization_spaces": false,
     });
@@ -160,6 +161,9 @@ fn byte_level(header: &Header, vocabulary: &Vocabulary<'_>, path: &Path) -> Resu
         )
     })?;
     let lines = header.texts("tokenizer.ggml.merges").unwrap_or_default();
+    if lines.len() > MAX_MERGES {
+        return Err(too_many_merges(path));
+    }
     let mut merges = Vec::with_capacity(lines.len());
     for (index, line) in lines.iter().enumerate() {
         // Both halves and the result must be tokens: the tokenizer library trusts its file here.
@@ -237,6 +241,9 @@ fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f32], path: &Path) 
         if text.len() > MAX_PIECE_BYTES {
             return Err(invalid(path, format!("token {id} is longer than {MAX_PIECE_BYTES} bytes")));
         }
+        if found.len() > MAX_MERGES {
+            return Err(too_many_merges(path));
+        }
         for (at, _) in text.char_indices().skip(1) {
             let (left, right) = text.split_at(at);
             if let (Some(left_id), Some(right_id)) = (piece(left), piece(right)) {
@@ -247,6 +254,10 @@ fn merges_from_scores(vocabulary: &Vocabulary<'_>, scores: &[f32], path: &Path) 
     // Equal scores: as the tokens are ordered, so that the result does not depend on the sort.
     found.sort_by(|a, b| b.0.total_cmp(a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
     Ok(found.into_iter().map(|(_, _, _, left, right)| json!([left, right])).collect())
+}
+
+fn too_many_merges(path: &Path) -> Error {
+    invalid(path, format!("the tokenizer has more than {MAX_MERGES} merges"))
 }
 
 struct Bpe<'a> {
@@ -279,9 +290,13 @@ enum Side {
 }
 
 /// Whether the tokenizer itself puts the start or end token around a text; llama.cpp's defaults where the file is mute.
-fn adds(header: &Header, side: Side) -> bool {
-    let starts = header.text("tokenizer.ggml.model") == Some("llama")
-        || matches!(header.text("tokenizer.ggml.pre"), Some("llama-bpe" | "llama3" | "llama-v3" | "tekken"));
+fn adds(header: &Header, vocabulary: &Vocabulary<'_>, side: Side) -> bool {
+    let starts = match header.text("tokenizer.ggml.model") {
+        Some("gpt2") => {
+            matches!(pre_name(header, vocabulary), "llama-bpe" | "llama3" | "llama-v3" | "tekken")
+        }
+        _ => true,
+    };
     match side {
         Side::Start => header.boolean("tokenizer.ggml.add_bos_token").unwrap_or(starts),
         Side::End => header.boolean("tokenizer.ggml.add_eos_token").unwrap_or(false),
@@ -289,11 +304,12 @@ fn adds(header: &Header, side: Side) -> bool {
 }
 
 fn post_processor(header: &Header, vocabulary: &Vocabulary<'_>, path: &Path) -> Result<Json> {
-    let role = |side, id: Option<u32>, name: &str| match (adds(header, side), id, vocabulary.text(id)) {
-        (false, ..) => Ok(None),
-        (true, Some(id), Some(text)) => Ok(Some((id, text))),
-        (true, ..) => Err(invalid(path, format!("the tokenizer adds a {name} token, but names none"))),
-    };
+    let role =
+        |side, id: Option<u32>, name: &str| match (adds(header, vocabulary, side), id, vocabulary.text(id)) {
+            (false, ..) => Ok(None),
+            (true, Some(id), Some(text)) => Ok(Some((id, text))),
+            (true, ..) => Err(invalid(path, format!("the tokenizer adds a {name} token, but names none"))),
+        };
     let start = role(Side::Start, vocabulary.ids.bos, "start")?;
     let end = role(Side::End, vocabulary.ids.eos, "end")?;
     if start.is_none() && end.is_none() {

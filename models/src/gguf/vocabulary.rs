@@ -6,8 +6,10 @@ use std::path::Path;
 use serde_json::{Value as Json, json};
 
 use super::header::Header;
-use super::invalid;
-use crate::Result;
+use crate::error::{Result, invalid};
+
+/// Four times the largest known vocabulary.
+const MAX_TOKENS: usize = 1 << 20;
 
 /// Texts of control tokens that end a turn or a document in the known model families. Files often name only one end
 /// id, while the model was trained to end with any of these.
@@ -93,6 +95,9 @@ impl<'a> Vocabulary<'a> {
             .texts("tokenizer.ggml.tokens")
             .filter(|tokens| !tokens.is_empty())
             .ok_or_else(|| invalid(path, "tokenizer.ggml.tokens is missing or empty"))?;
+        if tokens.len() > MAX_TOKENS {
+            return Err(invalid(path, format!("{} tokens; {MAX_TOKENS} are allowed", tokens.len())));
+        }
         let ids = SpecialIds::read(header, path)?;
         let mut types = match header.integers("tokenizer.ggml.token_type") {
             Some(codes) if codes.len() == tokens.len() => {
