@@ -10,12 +10,18 @@ use std::sync::{Arc, Mutex};
 
 const COMMIT: &str = "0123456789012345678901234567890123456789";
 
+/// By file name: how often to serve something else, and what.
+type Replacements = BTreeMap<String, (usize, Vec<u8>)>;
+
+/// A repository: names and contents.
+type Files<'a> = &'a [(&'a str, &'a [u8])];
+
 /// What the stand-in for the hub does.
 #[derive(Clone, Default)]
 struct Hub {
     files: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
     /// Served instead of a file's contents, this many times.
-    wrong: Arc<Mutex<BTreeMap<String, (usize, Vec<u8>)>>>,
+    wrong: Arc<Mutex<Replacements>>,
     /// Answers every request with this.
     status: Option<StatusCode>,
     /// Sends downloads to this other server.
@@ -210,7 +216,7 @@ async fn unsafe_or_missing_shards_are_refused() {
 
 #[tokio::test]
 async fn repositories_without_loadable_weights_say_why() {
-    let cases: [(&[(&str, &[u8])], &str); 3] = [
+    let cases: [(Files<'_>, &str); 3] = [
         (&[("config.json", b"{}"), ("pytorch_model.bin", b"x")], "only .bin"),
         (&[("config.json", b"{}")], "neither"),
         (&[("a.gguf", b"x"), ("b.gguf", b"y")], "several GGUF files (a.gguf, b.gguf)"),
