@@ -412,9 +412,11 @@ fn tojson(value: &Jinja, args: Rest<ValueOrKwargs>) -> Result<Jinja, Error> {
         };
         Ok(value.filter(|v| !v.is_none() && !v.is_undefined()))
     };
-    let mut style = JsonStyle::default();
-    style.ensure_ascii = argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true());
-    style.indent = argument(1, "indent")?.map(|v| width(&v)).transpose()?;
+    let mut style = JsonStyle {
+        ensure_ascii: argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true()),
+        indent: argument(1, "indent")?.map(|v| width(&v)).transpose()?,
+        ..JsonStyle::default()
+    };
     if let Some(separators) = argument(2, "separators")? {
         let part = |index: usize| {
             let part = separators.get_item_by_index(index).ok().and_then(|v| v.as_str().map(str::to_owned));
