@@ -5,6 +5,7 @@
 
 mod checks;
 mod client;
+mod exhaustive;
 mod options;
 mod world;
 
