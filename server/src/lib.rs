@@ -1,1 +1,21 @@
 //! Ingle's server: HTTP and text in front of the engine.
+//!
+//! A binary builds an [`state::AppState`] from an engine's handle and a text model, makes the router with [`app`], and
+//! hands both to [`listen::serve`]. The way of a request: [`listen`] (connection) -> `http` (route, checks) -> [`text`]
+//! (tokens) -> `ingle_engine` -> [`text`] (characters) -> `http` (JSON or events).
+
+pub mod auth;
+pub mod cli;
+pub mod commands;
+pub mod error;
+pub mod hub;
+mod http;
+pub mod listen;
+pub mod logging;
+mod metrics;
+pub mod state;
+pub mod text;
+
+#[cfg(feature = "testing")]
+pub use http::app_with_faults;
+pub use http::{app, paths, types};

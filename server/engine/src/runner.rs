@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ingle_models::{Batch, CausalLm, KvCache, load_causal_lm};
+use ingle_models::{Batch, CausalLm, KvCache, PagedMeta, load_causal_lm};
 
 pub use candle_core::{DType, Device};
 pub use ingle_models::{LoadOptions, ModelInfo};
@@ -167,6 +167,33 @@ impl ModelRunner {
             max_num_seqs: self.max_num_seqs,
             ..config
         }
+    }
+
+    /// Runs one step of `num_tokens` tokens (cut to what the cache holds), so that the first request finds threads,
+    /// pages and kernels ready. What it leaves in the cache belongs to no sequence.
+    ///
+    /// # Errors
+    /// If the step fails, as any would.
+    pub fn warm_up(&mut self, num_tokens: usize) -> Result<(), RunnerError> {
+        let block_size = self.cache.block_size();
+        let num_tokens = num_tokens.min(self.cache.num_blocks() * block_size).min(self.max_model_len).max(1);
+        let num_blocks = num_tokens.div_ceil(block_size);
+        let ids = |end: usize| (0..u32::try_from(end).unwrap_or(u32::MAX)).collect::<Vec<_>>();
+        let last = u32::try_from(num_tokens - 1).unwrap_or(u32::MAX);
+        let meta = PagedMeta {
+            positions: ids(num_tokens),
+            slot_mapping: ids(num_tokens),
+            cu_seqlens_q: vec![0, last + 1],
+            seq_lens: vec![last + 1],
+            block_tables: ids(num_blocks),
+            cu_blocks: vec![0, u32::try_from(num_blocks).unwrap_or(u32::MAX)],
+            block_size,
+        };
+        let batch = Batch { input_ids: vec![0; num_tokens], meta, logit_rows: vec![last] };
+        let logits = self.model.forward(&batch, &mut self.cache)?;
+        // Reading them back waits for the device.
+        logits.to_vec2::<f32>().map_err(ingle_models::Error::from)?;
+        Ok(())
     }
 
     /// The outputs of one sequence from its rows of logits.

@@ -1,0 +1,287 @@
+//! From an accepted request to pieces of answer: the part that chat and completions, streamed and not, have in common.
+//!
+//! [`submit`] hands prompts to the engine; refusals come back before anything is sent. Each prompt then has one
+//! [`Driver`], which turns its token events into [`Piece`]s: text through the detokenizer and the stop matcher, log
+//! probabilities with the text they belong to. Because streamed and whole answers are made of the same pieces, they
+//! are the same text. Dropping the stream of pieces drops the engine's stream, which aborts the request.
+
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    sync::Arc,
+    time::Instant,
+};
+
+use futures::{Stream, stream};
+use ingle_engine::{FinishReason, Request, SubmitError, TokenEvent, TokenLogprobs, TokenStream, Usage};
+
+use crate::{
+    error::{self, ApiError, ApiResult, ErrorKind},
+    metrics::RequestTimes,
+    state::AppState,
+    text::{Detokenizer, StopMatcher},
+};
+
+/// One token with its log probabilities.
+#[derive(Debug, Clone)]
+pub(crate) struct TokenEntry {
+    pub(crate) id: u32,
+    pub(crate) logprobs: TokenLogprobs,
+    /// Bytes of the choice's text before this token.
+    pub(crate) start: usize,
+    /// Characters of it.
+    pub(crate) start_chars: usize,
+}
+
+/// A part of the answer. Choices are numbered over all prompts.
+#[derive(Debug)]
+pub(crate) enum Piece {
+    /// The prompt's log probabilities, before anything else of its choices.
+    Prompt { prompt: usize, logprobs: Vec<Option<TokenLogprobs>> },
+    /// More text.
+    Delta { choice: usize, text: String, tokens: Vec<TokenEntry>, counts: Counts },
+    /// The last text of a choice, and why it ends.
+    Finish { choice: usize, text: String, tokens: Vec<TokenEntry>, reason: &'static str, counts: Counts },
+}
+
+/// Counts of one prompt's choices so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) prompt: usize,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) cached_tokens: u32,
+    pub(crate) completion_tokens: u32,
+}
+
+/// A stream of pieces; ends after the last `Finish`, or with the first error.
+pub(crate) type Pieces = Pin<Box<dyn Stream<Item = ApiResult<Piece>> + Send>>;
+
+/// What is the same for all prompts of a request.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    /// Everything but the prompt.
+    pub(crate) request: Request,
+    pub(crate) stop: Vec<String>,
+    pub(crate) skip_special: bool,
+    /// The answer goes on a text, so a space at its beginning is part of it.
+    pub(crate) continues_text: bool,
+}
+
+/// Hands `prompts` to the engine. All are accepted, or none is.
+///
+/// # Errors
+/// 400 for what cannot run, 429 when the queue is full, 503 when the engine takes nothing.
+pub(crate) fn submit(state: &AppState, plan: &Plan, prompts: Vec<Vec<u32>>) -> ApiResult<Pieces> {
+    let started = Instant::now();
+    if state.is_draining() {
+        return Err(error::draining());
+    }
+    let mut valid = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        let request = Request { prompt, ..plan.request.clone() };
+        valid.push(request.validate(state.limits())?);
+    }
+    let mut drivers = Vec::with_capacity(valid.len());
+    for (prompt, request) in valid.into_iter().enumerate() {
+        let prompt_tokens = u32::try_from(request.get().prompt.len()).unwrap_or(u32::MAX);
+        // An early return drops the streams of the prompts before, which aborts them.
+        let stream = state.engine().submit(request).map_err(|refusal| refused(state, &refusal))?;
+        drivers.push(Driver::new(state.clone(), plan, stream, prompt, prompt_tokens, started).into_stream());
+    }
+    Ok(match drivers.pop() {
+        Some(only) if drivers.is_empty() => only,
+        last => Box::pin(stream::select_all(drivers.into_iter().chain(last))),
+    })
+}
+
+fn refused(state: &AppState, refusal: &SubmitError) -> ApiError {
+    match refusal {
+        SubmitError::QueueFull { waiting } => {
+            state.metrics().refused();
+            let running = state.engine().stats().running.max(1);
+            let seconds = (waiting / running).clamp(1, 30);
+            ApiError::new(ErrorKind::Overloaded, format!("The server is overloaded: {waiting} requests are waiting."))
+                .with_retry_after(u32::try_from(seconds).unwrap_or(30))
+        }
+        SubmitError::Draining => error::draining(),
+        SubmitError::Dead => error::engine_dead(),
+        never_fits => {
+            let max = state.limits().max_model_len;
+            ApiError::new(
+                ErrorKind::ContextLength,
+                format!("This model's maximum context length is {max} tokens, and the request can never run: {never_fits}."),
+            )
+        }
+    }
+}
+
+/// The choices of one prompt.
+struct Driver {
+    state: AppState,
+    /// `None` once all choices are done.
+    stream: Option<TokenStream>,
+    choices: Vec<Choice>,
+    prompt: usize,
+    counts: Counts,
+    times: RequestTimes,
+    ready: VecDeque<Piece>,
+    last_usage: Option<Usage>,
+}
+
+/// One choice on its way from ids to text.
+struct Choice {
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    /// Bytes of text that came from the detokenizer, and how many of them were sent on.
+    raw_len: usize,
+    raw_chars: usize,
+    sent_len: usize,
+    /// Tokens whose text is still held back.
+    held: VecDeque<TokenEntry>,
+    done: bool,
+}
+
+impl Driver {
+    fn new(state: AppState, plan: &Plan, stream: TokenStream, prompt: usize, prompt_tokens: u32, started: Instant) -> Self {
+        let tokenizer = Arc::clone(&state.text().tokenizer);
+        let choice = || Choice {
+            detokenizer: if plan.continues_text {
+                Detokenizer::continuing(Arc::clone(&tokenizer), plan.skip_special)
+            } else {
+                Detokenizer::new(Arc::clone(&tokenizer), plan.skip_special)
+            },
+            stop: StopMatcher::new(&plan.stop),
+            raw_len: 0,
+            raw_chars: 0,
+            sent_len: 0,
+            held: VecDeque::new(),
+            done: false,
+        };
+        let choices: Vec<Choice> = (0..plan.request.n).map(|_| choice()).collect();
+        let times = RequestTimes::new(started, choices.len());
+        Self {
+            state,
+            stream: Some(stream),
+            choices,
+            prompt,
+            counts: Counts { prompt, prompt_tokens, ..Counts::default() },
+            times,
+            ready: VecDeque::new(),
+            last_usage: None,
+        }
+    }
+
+    fn into_stream(self) -> Pieces {
+        Box::pin(stream::unfold(Some(self), |driver| async move {
+            let mut driver = driver?;
+            match driver.next().await {
+                Some(Ok(piece)) => Some((Ok(piece), Some(driver))),
+                Some(Err(error)) => Some((Err(error), None)),
+                None => None,
+            }
+        }))
+    }
+
+    async fn next(&mut self) -> Option<ApiResult<Piece>> {
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                return Some(Ok(piece));
+            }
+            let event = self.stream.as_mut()?.next().await;
+            match event {
+                None => {
+                    self.stream = None;
+                    self.times.failed();
+                    return Some(Err(ApiError::internal(&"the engine's stream ended too early")));
+                }
+                Some(TokenEvent::Failed(failure)) => {
+                    self.stream = None;
+                    self.times.failed();
+                    return Some(Err(failure.into()));
+                }
+                Some(TokenEvent::PromptLogprobs(logprobs)) => {
+                    self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
+                    return Some(Ok(Piece::Prompt { prompt: self.prompt, logprobs }));
+                }
+                Some(TokenEvent::Token { choice, id, logprobs }) => self.token(choice, id, logprobs),
+                Some(TokenEvent::Finished { choice, reason, usage }) => self.finished(choice, reason, usage),
+            }
+        }
+    }
+
+    fn token(&mut self, choice: u16, id: u32, logprobs: Option<TokenLogprobs>) {
+        let idx = usize::from(choice);
+        let Some(slot) = self.choices.get_mut(idx).filter(|slot| !slot.done) else { return };
+        self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
+        self.times.token(self.state.metrics(), idx);
+        self.counts.completion_tokens = self.counts.completion_tokens.saturating_add(1);
+        let text = slot.detokenizer.push(id);
+        let (start, start_chars) = (slot.raw_len, slot.raw_chars);
+        slot.raw_chars = slot.raw_chars.saturating_add(text.chars().count());
+        slot.raw_len = slot.raw_len.saturating_add(text.len());
+        slot.held.extend(logprobs.map(|logprobs| TokenEntry { id, logprobs, start, start_chars }));
+        let outcome = slot.stop.push(&text);
+        self.emit(idx, outcome.emit, outcome.stopped.then_some("stop"));
+    }
+
+    fn finished(&mut self, choice: u16, reason: FinishReason, usage: Usage) {
+        self.counts.cached_tokens = usage.cached_tokens;
+        self.last_usage = Some(usage);
+        self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
+        let idx = usize::from(choice);
+        let Some(slot) = self.choices.get_mut(idx).filter(|slot| !slot.done) else { return };
+        let mut reason = match reason {
+            FinishReason::Stop(_) => {
+                // The end token was generated, too, although it is not part of the text.
+                self.counts.completion_tokens = self.counts.completion_tokens.saturating_add(1);
+                self.times.end_token(self.state.metrics());
+                "stop"
+            }
+            FinishReason::Length => "length",
+        };
+        let tail = slot.detokenizer.finish();
+        slot.raw_len = slot.raw_len.saturating_add(tail.len());
+        let outcome = slot.stop.push(&tail);
+        let mut text = outcome.emit;
+        if outcome.stopped {
+            reason = "stop";
+        } else {
+            text.push_str(&slot.stop.finish());
+        }
+        self.emit(idx, text, Some(reason));
+    }
+
+    /// Makes a piece of `text` and of the tokens it covers; the last one of the choice if there is a reason.
+    fn emit(&mut self, idx: usize, text: String, reason: Option<&'static str>) {
+        let Some(slot) = self.choices.get_mut(idx) else { return };
+        slot.sent_len = slot.sent_len.saturating_add(text.len());
+        // A token belongs to the text that was sent if it starts in it. At a regular end all do, those of no text too.
+        let cut = reason.is_some() && slot.sent_len < slot.raw_len;
+        let all = reason.is_some() && !cut;
+        let num = slot.held.iter().take_while(|entry| all || entry.start < slot.sent_len).count();
+        let tokens: Vec<TokenEntry> = slot.held.drain(..num).collect();
+        let choice = self.prompt.saturating_mul(self.choices.len()).saturating_add(idx);
+        let Some(reason) = reason else {
+            if !text.is_empty() || !tokens.is_empty() {
+                self.ready.push_back(Piece::Delta { choice, text, tokens, counts: self.counts });
+            }
+            return;
+        };
+        if let Some(slot) = self.choices.get_mut(idx) {
+            slot.done = true;
+        }
+        let all_done = self.choices.iter().all(|choice| choice.done);
+        if all_done {
+            // A stop string ends a request the engine would go on with: what is cached is known only from its stream.
+            self.stream = None;
+            self.times.finish(self.state.metrics(), reason, self.counts, self.last_usage);
+        }
+        self.ready.push_back(Piece::Finish { choice, text, tokens, reason, counts: self.counts });
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.times.report(self.state.metrics());
+    }
+}

@@ -1,0 +1,172 @@
+//! The routes and what lies around them.
+//!
+//! From the outside in: the request's id and log line, panics, CORS, the host check, the key check, then the route.
+//! All layers sit on the router's root, so a new route is behind all of them.
+
+pub(crate) mod body;
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod edge;
+pub(crate) mod generate;
+pub(crate) mod health;
+pub(crate) mod limits;
+pub(crate) mod messages;
+pub(crate) mod models;
+pub(crate) mod openapi;
+pub(crate) mod params;
+pub(crate) mod sse;
+pub(crate) mod tally;
+pub(crate) mod tokenize;
+pub(crate) mod tokens;
+pub mod types;
+pub(crate) mod validate;
+
+use axum::{
+    Router,
+    http::{HeaderName, HeaderValue, Method, header},
+    middleware::{from_fn, from_fn_with_state},
+    response::Response,
+    routing::{MethodRouter, get, post},
+};
+use futures::StreamExt;
+use tower_http::{catch_panic::CatchPanicLayer, cors::CorsLayer};
+
+use crate::{
+    auth,
+    error::{ApiError, ApiResult, ErrorKind, draining},
+    state::AppState,
+};
+use generate::{Piece, Pieces};
+
+/// What `system_fingerprint` says: the answers of one version are comparable.
+pub(crate) const FINGERPRINT: &str = concat!("ingle-", env!("CARGO_PKG_VERSION"));
+
+/// Every route: its path and its methods.
+fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
+    vec![
+        ("/v1/chat/completions", post(chat::create)),
+        ("/v1/chat/completions/render", post(chat::render)),
+        ("/v1/completions", post(completions::create)),
+        ("/v1/models", get(models::list)),
+        ("/v1/models/{*id}", get(models::one)),
+        ("/tokenize", post(tokenize::tokenize)),
+        ("/detokenize", post(tokenize::detokenize)),
+        ("/health", get(health::live)),
+        ("/ready", get(health::ready)),
+        ("/version", get(health::version)),
+        ("/metrics", get(health::metrics)),
+        ("/openapi.json", get(openapi::document)),
+        ("/docs", get(openapi::page)),
+    ]
+}
+
+/// The paths of all routes, for tests that walk them.
+#[must_use]
+pub fn paths() -> Vec<&'static str> {
+    routes().into_iter().map(|(path, _)| path).collect()
+}
+
+/// What answers while the model is loaded: `/health` lives, all else is not ready.
+pub(crate) fn waiting_app() -> Router {
+    let loading = || async { ApiError::new(ErrorKind::Loading, "The model is being loaded; try again in a moment.") };
+    Router::new().route("/health", get(health::live)).fallback(loading)
+}
+
+/// The whole application. See the module's words for the order of things.
+pub fn app(state: AppState) -> Router {
+    build(routes(), state)
+}
+
+/// [`app`] with routes that panic, one before and one after the head of its answer.
+#[cfg(feature = "testing")]
+pub fn app_with_faults(state: AppState) -> Router {
+    let mut routes = routes();
+    routes.push(("/fault/panic", get(health::fault)));
+    build(routes, state)
+}
+
+fn build(routes: Vec<(&'static str, MethodRouter<AppState>)>, state: AppState) -> Router {
+    let mut router = Router::new();
+    for (path, methods) in routes {
+        router = router.route(path, methods);
+    }
+    let panics = state.clone();
+    let mut router = router
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(state.clone(), auth::require_key))
+        .layer(from_fn_with_state(state.clone(), auth::check_host))
+        .layer(from_fn(edge::refuse_odd_framing));
+    if let Some(cors) = cors(&state.config().cors_origins) {
+        router = router.layer(cors);
+    }
+    router
+        .layer(CatchPanicLayer::custom(move |_panic| edge::panicked(&panics)))
+        .layer(from_fn(edge::drain_body))
+        .layer(from_fn_with_state(state.clone(), edge::observe))
+        .with_state(state)
+}
+
+async fn not_found() -> ApiError {
+    ApiError::new(ErrorKind::NotFound, "There is no such route.")
+}
+
+async fn method_not_allowed(method: Method) -> ApiError {
+    let name = crate::metrics::method_label(&method);
+    ApiError::new(ErrorKind::MethodNotAllowed, format!("This route does not know the method ({name})."))
+}
+
+/// The CORS layer for `origins`; `None` without any.
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    if origins.is_empty() {
+        return None;
+    }
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, edge::X_REQUEST_ID])
+        .expose_headers([edge::X_REQUEST_ID, X_IGNORED_PARAMS]);
+    if origins.iter().any(|origin| origin == "*") {
+        return Some(layer.allow_origin(tower_http::cors::Any));
+    }
+    let list: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
+    Some(layer.allow_origin(list))
+}
+
+const X_IGNORED_PARAMS: HeaderName = HeaderName::from_static("x-ignored-params");
+
+/// Tells the client which parameters had no effect.
+pub(crate) fn ignored_header(response: &mut Response, ignored: Option<String>) {
+    if let Some(value) = ignored.and_then(|names| HeaderValue::from_str(&names).ok()) {
+        response.headers_mut().insert(X_IGNORED_PARAMS, value);
+    }
+}
+
+/// A new id such as `chatcmpl-0123...`.
+pub(crate) fn new_id(prefix: &str) -> String {
+    format!("{prefix}-{}", uuid::Uuid::new_v4().simple())
+}
+
+/// What a request that ran out of time is told.
+pub(crate) fn deadline(state: &AppState) -> ApiError {
+    let seconds = state.config().request_timeout.as_secs();
+    ApiError::new(ErrorKind::Deadline, format!("The request took longer than {seconds} seconds, the limit of this server."))
+}
+
+/// Takes all pieces. If the client goes away, this future is dropped, and with it the engine's request.
+///
+/// # Errors
+/// The request's failure, the deadline, or the end of the server.
+pub(crate) async fn collect(state: &AppState, mut pieces: Pieces, mut take: impl FnMut(Piece)) -> ApiResult<()> {
+    let all = async {
+        while let Some(piece) = pieces.next().await {
+            take(piece?);
+        }
+        Ok(())
+    };
+    tokio::select! {
+        result = tokio::time::timeout(state.config().request_timeout, all) => {
+            result.unwrap_or_else(|_| Err(deadline(state)))
+        }
+        () = state.cut().cancelled() => Err(draining()),
+    }
+}

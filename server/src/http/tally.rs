@@ -1,0 +1,44 @@
+//! The usage of a whole request, put together from the counts of its prompts.
+
+use super::{
+    generate::Counts,
+    types::{PromptTokensDetails, UsageBody},
+};
+
+/// The latest counts of each prompt.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    prompts: Vec<Counts>,
+}
+
+impl Tally {
+    /// Starts with prompts of these lengths, so that counts are right before their first token.
+    pub(crate) fn with_prompts(lengths: impl IntoIterator<Item = usize>) -> Self {
+        let count = |(prompt, length): (usize, usize)| Counts {
+            prompt,
+            prompt_tokens: u32::try_from(length).unwrap_or(u32::MAX),
+            ..Counts::default()
+        };
+        Self { prompts: lengths.into_iter().enumerate().map(count).collect() }
+    }
+
+    /// Notes the counts of a prompt.
+    pub(crate) fn set(&mut self, counts: Counts) {
+        if let Some(slot) = self.prompts.get_mut(counts.prompt) {
+            *slot = counts;
+        }
+    }
+
+    /// The sums.
+    pub(crate) fn usage(&self) -> UsageBody {
+        let sum = |count: fn(&Counts) -> u32| self.prompts.iter().map(|counts| u64::from(count(counts))).sum::<u64>();
+        let prompt_tokens = sum(|counts| counts.prompt_tokens);
+        let completion_tokens = sum(|counts| counts.completion_tokens);
+        UsageBody {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens.saturating_add(completion_tokens),
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: sum(|counts| counts.cached_tokens) },
+        }
+    }
+}
