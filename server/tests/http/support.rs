@@ -33,7 +33,12 @@ fn byte_chars() -> Vec<char> {
     let mut next = 256;
     (0..256_u32)
         .map(|byte| {
-            let code = if plain(byte) { byte } else { std::mem::replace(&mut next, next + 1) };
+            let code = if plain(byte) {
+                byte
+            } else {
+                next += 1;
+                next - 1
+            };
             char::from_u32(code).expect("a character")
         })
         .collect()
