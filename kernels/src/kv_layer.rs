@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::cpu::KvStore;
 use crate::error::{Result, argument};
 
 /// Keys and values of one layer for `num_slots` token slots (`num_blocks * block_size`).
@@ -9,18 +10,21 @@ use crate::error::{Result, argument};
 /// Slot `s` belongs to block `s / block_size`, offset `s % block_size`. Written by [`crate::ops::store_kv`], read by
 /// [`crate::ops::paged_attention`]; the inner layout is nobody else's business.
 #[derive(Debug)]
-pub struct KvLayer {
-    /// `[num_slots, num_kv_heads, head_dim]`
-    pub(crate) k: Tensor,
-    /// `[num_slots, num_kv_heads, head_dim]`
-    pub(crate) v: Tensor,
+pub struct KvLayer(pub(crate) KvStorage);
+
+#[derive(Debug)]
+pub(crate) enum KvStorage {
+    /// In the layout of the CPU kernels.
+    Cpu(KvStore),
+    /// Two tensors `[num_slots, num_kv_heads, head_dim]`, on any device.
+    Tensors { k: Tensor, v: Tensor },
 }
 
 impl KvLayer {
     /// Allocates a zeroed layer.
     ///
     /// # Errors
-    /// If the device is out of memory or a size is zero.
+    /// If the device is out of memory, a size is zero or the device has no cache of `dtype`.
     pub fn new(
         num_slots: usize,
         num_kv_heads: usize,
@@ -28,13 +32,48 @@ impl KvLayer {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        if num_slots == 0 || num_kv_heads == 0 || head_dim == 0 {
-            return Err(argument(
-                "KvLayer::new",
-                format!("{num_slots} slots, {num_kv_heads} heads, width {head_dim}"),
-            ));
+        if !device.is_cpu() {
+            return Self::portable(num_slots, num_kv_heads, head_dim, dtype, device);
         }
-        let shape = (num_slots, num_kv_heads, head_dim);
-        Ok(Self { k: Tensor::zeros(shape, dtype, device)?, v: Tensor::zeros(shape, dtype, device)? })
+        check_sizes(num_slots, num_kv_heads, head_dim)?;
+        Ok(Self(KvStorage::Cpu(KvStore::new(num_slots, num_kv_heads, head_dim, dtype)?)))
     }
+
+    /// As [`KvLayer::new`] in plain tensors, which only the reference operations read.
+    ///
+    /// # Errors
+    /// As [`KvLayer::new`].
+    pub fn portable(
+        num_slots: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        check_sizes(num_slots, num_kv_heads, head_dim)?;
+        let shape = (num_slots, num_kv_heads, head_dim);
+        let (k, v) = (Tensor::zeros(shape, dtype, device)?, Tensor::zeros(shape, dtype, device)?);
+        Ok(Self(KvStorage::Tensors { k, v }))
+    }
+
+    /// `(num_slots, num_kv_heads, head_dim)`
+    pub(crate) fn dims(&self) -> Result<(usize, usize, usize)> {
+        match &self.0 {
+            KvStorage::Cpu(store) => {
+                let (heads, dim) = store.heads();
+                Ok((store.num_slots(), heads, dim))
+            }
+            KvStorage::Tensors { k, .. } => Ok(k.dims3()?),
+        }
+    }
+}
+
+fn check_sizes(num_slots: usize, num_kv_heads: usize, head_dim: usize) -> Result<()> {
+    if num_slots == 0 || num_kv_heads == 0 || head_dim == 0 {
+        return Err(argument(
+            "KvLayer::new",
+            format!("{num_slots} slots, {num_kv_heads} heads, width {head_dim}"),
+        ));
+    }
+    Ok(())
 }

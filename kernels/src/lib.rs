@@ -5,15 +5,19 @@
 //! 1. [`reference`]: the plain formula in candle ops. It runs on every candle device and is the oracle of the tests.
 //! 2. `cpu`: our own kernels, chosen at run time by what the processor can do.
 //!
+//! Arguments are checked here, once for all implementations.
+//!
 //! [`Weight`] is a matrix in the layout its kernel wants; [`KvLayer`] is one layer of the paged key/value cache.
 //! Nothing here knows a model, a sequence or a request.
 
+mod cpu;
 mod error;
 mod kv_layer;
 pub mod ops;
 pub mod reference;
 mod weight;
 
+pub use cpu::{Isa, isa, num_threads, set_num_threads};
 pub use error::{Error, Result};
 pub use kv_layer::KvLayer;
 pub use ops::{Activation, AttnParams, PagedMeta, RopeTables};

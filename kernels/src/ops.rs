@@ -3,9 +3,12 @@
 //! Activations are `[num_tokens, features]`, rows contiguous; a row may be a slice of a wider one (`narrow` along the
 //! last dimension), so that the parts of a stacked projection need no copy.
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{CpuStorage, D, DType, Device, Shape, Storage, Tensor};
 
-use crate::error::Result;
+use crate::cpu::{self, Rows};
+use crate::error::{Result, argument};
+use crate::kv_layer::KvStorage;
+use crate::weight::Storage as WeightStorage;
 use crate::{KvLayer, Weight, reference};
 
 /// The ragged batch as the attention kernels see it. One entry a sequence unless said otherwise; host memory.
@@ -45,6 +48,35 @@ impl PagedMeta {
     pub fn slot(&self, seq: usize, pos: usize) -> usize {
         let block = self.block_tables[self.cu_blocks[seq] as usize + pos / self.block_size] as usize;
         block * self.block_size + pos % self.block_size
+    }
+
+    /// Checks that the parts agree with each other and with a cache of `num_slots`.
+    fn check(&self, num_slots: usize) -> Result<()> {
+        let wrong = |what: &str| Err(argument("PagedMeta", what.to_string()));
+        let (seqs, tokens) = (self.num_seqs(), self.num_tokens());
+        if self.block_size == 0 || self.cu_seqlens_q.len() != seqs + 1 || self.cu_blocks.len() != seqs + 1 {
+            return wrong("block size, cu_seqlens_q and cu_blocks do not fit seq_lens");
+        }
+        if self.cu_seqlens_q[0] != 0 || self.cu_seqlens_q[seqs] as usize != tokens {
+            return wrong("cu_seqlens_q does not span the tokens");
+        }
+        if self.cu_blocks[0] != 0 || self.cu_blocks[seqs] as usize != self.block_tables.len() {
+            return wrong("cu_blocks does not span the block tables");
+        }
+        for seq in 0..seqs {
+            let (q, blocks) = (&self.cu_seqlens_q[seq..=seq + 1], &self.cu_blocks[seq..=seq + 1]);
+            let len = self.seq_lens[seq] as usize;
+            if q[0] > q[1] || blocks[0] > blocks[1] || ((q[1] - q[0]) as usize) > len {
+                return wrong("a sequence has more queries than tokens");
+            }
+            if ((blocks[1] - blocks[0]) as usize) < len.div_ceil(self.block_size) {
+                return wrong("a block table is shorter than its sequence");
+            }
+        }
+        match self.block_tables.iter().find(|block| (**block as usize + 1) * self.block_size > num_slots) {
+            Some(block) => Err(argument("PagedMeta", format!("block {block} is outside of the cache"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -105,15 +137,41 @@ impl RopeTables {
 /// # Errors
 /// If the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
-    reference::linear(x, weight, bias)
+    let (tokens, width) = x.dims2()?;
+    if width != weight.cols() || bias.is_some_and(|bias| bias.dims() != [weight.rows()]) {
+        let (rows, cols) = (weight.rows(), weight.cols());
+        return Err(argument("linear", format!("{:?} by a weight of [{rows}, {cols}]", x.dims())));
+    }
+    let WeightStorage::Packed(matrix) = weight.storage() else {
+        return reference::linear(x, weight, bias);
+    };
+    let x = View::new(x, width)?;
+    let shape = (tokens, weight.rows());
+    let Some(bias) = bias else {
+        return fill(shape, |y| x.read(|x| cpu::matmul(x, matrix, None, y)));
+    };
+    let bias = View::new(bias, weight.rows())?;
+    fill(shape, |y| x.read(|x| bias.read(|bias| cpu::matmul(x, matrix, Some(bias.row(0)), y)))?)
 }
 
 /// Rows `ids` of `weight` as `[ids.len(), in]` in `dtype`.
 ///
 /// # Errors
 /// If an id is not a row.
-pub fn embedding(ids: &[u32], weight: &Weight, dtype: candle_core::DType) -> Result<Tensor> {
-    reference::embedding(ids, weight, dtype)
+pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
+    if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
+        return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
+    }
+    let WeightStorage::Packed(matrix) = weight.storage() else {
+        return reference::embedding(ids, weight, dtype);
+    };
+    let rows = fill((ids.len(), weight.cols()), |y| {
+        for (id, out) in ids.iter().zip(y.chunks_exact_mut(weight.cols())) {
+            matrix.read_row(*id as usize, out);
+        }
+        Ok(())
+    })?;
+    Ok(rows.to_dtype(dtype)?)
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension; computed in f32, returned in the dtype of `x`.
@@ -121,7 +179,15 @@ pub fn embedding(ids: &[u32], weight: &Weight, dtype: candle_core::DType) -> Res
 /// # Errors
 /// If the last dimension differs from the weight's.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    reference::rms_norm(x, weight, eps)
+    let width = x.dim(D::Minus1)?;
+    if weight.dims() != [width] {
+        return Err(argument("rms_norm", format!("{:?} by a weight of {:?}", x.dims(), weight.dims())));
+    }
+    if !on_cpu_f32(x) {
+        return reference::rms_norm(x, weight, eps);
+    }
+    let (view, weight) = (View::new(x, width)?, View::new(weight, width)?);
+    fill(x.dims(), |y| view.read(|x| weight.read(|weight| cpu::rms_norm(x, weight.row(0), eps, y)))?)
 }
 
 /// Rotates the first `2 * tables.cos.dim(1)` of each head of `x [num_tokens, heads, head_dim]`, half against half
@@ -130,7 +196,17 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
 /// # Errors
 /// If the tables are of another number of tokens.
 pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
-    reference::rope(x, tables)
+    let (tokens, heads, dim) = x.dims3()?;
+    let (rows, half) = tables.cos.dims2()?;
+    if rows != tokens || 2 * half > dim || tables.sin.dims() != tables.cos.dims() {
+        return Err(argument("rope", format!("tables [{rows}, {half}] for {tokens} tokens of width {dim}")));
+    }
+    if !on_cpu_f32(x) {
+        return reference::rope(x, tables);
+    }
+    let (view, cos, sin) =
+        (View::new(x, heads * dim)?, View::new(&tables.cos, half)?, View::new(&tables.sin, half)?);
+    fill(x.dims(), |y| view.read(|x| cos.read(|cos| sin.read(|sin| cpu::rope(x, dim, cos, sin, y))))??)
 }
 
 /// Writes `k`, `v` `[num_tokens, num_kv_heads, head_dim]` into the slots of `meta.slot_mapping`.
@@ -138,7 +214,22 @@ pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit or a slot is outside of the layer.
 pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -> Result<()> {
-    reference::store_kv(layer, k, v, meta)
+    let (tokens, heads, dim) = k.dims3()?;
+    let (slots, cache_heads, cache_dim) = layer.dims()?;
+    if tokens != meta.slot_mapping.len() || (heads, dim) != (cache_heads, cache_dim) || v.dims() != k.dims() {
+        return Err(argument(
+            "store_kv",
+            format!("keys {:?}, heads of the cache [{cache_heads}, {cache_dim}]", k.dims()),
+        ));
+    }
+    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot as usize >= slots) {
+        return Err(argument("store_kv", format!("slot {slot} of {slots}")));
+    }
+    let KvStorage::Cpu(store) = &mut layer.0 else {
+        return reference::store_kv(layer, k, v, meta);
+    };
+    let (k, v) = (View::new(k, heads * dim)?, View::new(v, heads * dim)?);
+    k.read(|k| v.read(|v| store.store(k, v, &meta.slot_mapping)))?
 }
 
 /// Causal attention of `q [num_tokens, num_heads, head_dim]` over the cached keys and values of each sequence, through
@@ -146,9 +237,22 @@ pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -
 /// Returns `[num_tokens, num_heads, head_dim]`.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit or `meta` contradicts itself.
 pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &AttnParams) -> Result<Tensor> {
-    reference::paged_attention(q, layer, meta, params)
+    let (tokens, heads, dim) = q.dims3()?;
+    let (slots, kv_heads, cache_dim) = layer.dims()?;
+    if tokens != meta.num_tokens() || !heads.is_multiple_of(kv_heads) || dim != cache_dim {
+        return Err(argument(
+            "paged_attention",
+            format!("queries {:?}, heads of the cache [{kv_heads}, {cache_dim}]", q.dims()),
+        ));
+    }
+    meta.check(slots)?;
+    let KvStorage::Cpu(store) = &layer.0 else {
+        return reference::paged_attention(q, layer, meta, params);
+    };
+    let view = View::new(q, heads * dim)?;
+    fill(q.dims(), |y| view.read(|q| cpu::paged_attention(q, store, meta, params, y)))
 }
 
 /// `act(gate) * up` for `gate_up [num_tokens, 2 * intermediate]` with the gate in the first half.
@@ -156,6 +260,69 @@ pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &A
 /// # Errors
 /// If the last dimension is odd.
 pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
-    let width = gate_up.dim(D::Minus1)? / 2;
-    reference::gated_activation(&gate_up.narrow(1, 0, width)?, &gate_up.narrow(1, width, width)?, activation)
+    let (tokens, both) = gate_up.dims2()?;
+    if !both.is_multiple_of(2) {
+        return Err(argument("gated_activation", format!("width {both} is odd")));
+    }
+    let width = both / 2;
+    if !on_cpu_f32(gate_up) {
+        let (gate, up) = (gate_up.narrow(1, 0, width)?, gate_up.narrow(1, width, width)?);
+        return reference::gated_activation(&gate, &up, activation);
+    }
+    let view = View::new(gate_up, both)?;
+    fill((tokens, width), |y| view.read(|x| cpu::gated_activation(x, activation, y)))
+}
+
+fn on_cpu_f32(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// A new f32 CPU tensor whose values `compute` writes.
+fn fill(shape: impl Into<Shape>, compute: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut values = vec![0.0; shape.elem_count()];
+    compute(&mut values)?;
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+/// An f32 CPU tensor as rows of `width` elements; copied only if its layout has no such rows.
+struct View {
+    tensor: Tensor,
+    num_rows: usize,
+    width: usize,
+    stride: usize,
+}
+
+impl View {
+    fn new(x: &Tensor, width: usize) -> Result<Self> {
+        let num_rows = x.elem_count().checked_div(width).unwrap_or(0);
+        let (dims, strides) = (x.dims(), x.stride());
+        // The first dimension's stride is the rows', if all the others are one contiguous row.
+        let inner = x.layout().is_contiguous() || {
+            let mut expected = 1;
+            let rest = dims.iter().zip(strides).skip(1).rev();
+            rest.into_iter().all(|(dim, stride)| {
+                let fits = *stride == expected || *dim == 1;
+                expected *= dim;
+                fits
+            }) && expected == width
+        };
+        let stride =
+            if x.layout().is_contiguous() { width } else { strides.first().copied().unwrap_or(width) };
+        let (tensor, stride) = if inner { (x.clone(), stride) } else { (x.contiguous()?, width) };
+        Ok(Self { tensor: tensor.to_dtype(DType::F32)?, num_rows, width, stride })
+    }
+
+    /// Calls `f` with the rows.
+    fn read<R>(&self, f: impl FnOnce(Rows<'_>) -> R) -> Result<R> {
+        let (storage, layout) = self.tensor.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(data)) = &*storage else {
+            return Err(argument("ops", "activations on the CPU are f32"));
+        };
+        let data = &data[layout.start_offset()..];
+        let rows = Rows::new(data, self.num_rows, self.width, self.stride);
+        let rows =
+            rows.ok_or_else(|| argument("ops", format!("{layout:?} has no rows of {}", self.width)))?;
+        Ok(f(rows))
+    }
 }

@@ -3,13 +3,28 @@
 use candle_core::{D, DType, Tensor};
 
 use crate::error::{Result, argument};
+use crate::kv_layer::KvStorage;
 use crate::ops::{Activation, AttnParams, PagedMeta, RopeTables};
 use crate::weight::Storage;
 use crate::{KvLayer, Weight};
 
+fn dense<'a>(op: &'static str, weight: &'a Weight) -> Result<&'a Tensor> {
+    match weight.storage() {
+        Storage::Dense(w) => Ok(w),
+        Storage::Packed(_) => Err(argument(op, "the reference reads portable weights only")),
+    }
+}
+
+fn tensors<'a>(op: &'static str, layer: &'a KvLayer) -> Result<(&'a Tensor, &'a Tensor)> {
+    match &layer.0 {
+        KvStorage::Tensors { k, v } => Ok((k, v)),
+        KvStorage::Cpu(_) => Err(argument(op, "the reference reads portable caches only")),
+    }
+}
+
 /// See [`crate::ops::linear`].
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
-    let Storage::Dense(w) = weight.storage();
+    let w = dense("linear", weight)?;
     let y = x.contiguous()?.matmul(&w.to_dtype(x.dtype())?.t()?)?;
     Ok(match bias {
         Some(bias) => y.broadcast_add(&bias.to_dtype(x.dtype())?)?,
@@ -19,10 +34,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
 
 /// See [`crate::ops::embedding`].
 pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
-    if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
-        return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
-    }
-    let Storage::Dense(w) = weight.storage();
+    let w = dense("embedding", weight)?;
     let ids = Tensor::new(ids, w.device())?;
     Ok(w.index_select(&ids, 0)?.to_dtype(dtype)?)
 }
@@ -61,42 +73,31 @@ pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
 /// See [`crate::ops::store_kv`].
 pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -> Result<()> {
     let (tokens, heads, width) = k.dims3()?;
-    let (slots, cache_heads, cache_width) = layer.k.dims3()?;
-    if tokens != meta.slot_mapping.len()
-        || (heads, width) != (cache_heads, cache_width)
-        || v.dims() != k.dims()
-    {
-        return Err(argument("store_kv", format!("keys {:?}, cache {:?}", k.dims(), layer.k.dims())));
-    }
-    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot as usize >= slots) {
-        return Err(argument("store_kv", format!("slot {slot} of {slots}")));
-    }
+    let (cache_k, cache_v) = tensors("store_kv", layer)?;
     // scatter_set writes in place; the index repeats the slot along heads and width.
     let index = Tensor::new(meta.slot_mapping.as_slice(), k.device())?
         .reshape((tokens, 1, 1))?
         .broadcast_as((tokens, heads, width))?
         .contiguous()?;
-    let dtype = layer.k.dtype();
-    layer.k.scatter_set(&index, &k.to_dtype(dtype)?.contiguous()?, 0)?;
-    layer.v.scatter_set(&index, &v.to_dtype(dtype)?.contiguous()?, 0)?;
+    let dtype = cache_k.dtype();
+    cache_k.scatter_set(&index, &k.to_dtype(dtype)?.contiguous()?, 0)?;
+    cache_v.scatter_set(&index, &v.to_dtype(dtype)?.contiguous()?, 0)?;
     Ok(())
 }
 
 /// See [`crate::ops::paged_attention`].
 pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &AttnParams) -> Result<Tensor> {
-    let (tokens, heads, width) = q.dims3()?;
-    let (_, kv_heads, _) = layer.k.dims3()?;
-    if tokens != meta.num_tokens() || heads % kv_heads != 0 {
-        return Err(argument(
-            "paged_attention",
-            format!("queries {:?}, cache {:?}", q.dims(), layer.k.dims()),
-        ));
-    }
+    let (_, heads, width) = q.dims3()?;
+    let (cache_k, cache_v) = tensors("paged_attention", layer)?;
+    let kv_heads = cache_k.dim(1)?;
     let group = heads / kv_heads;
     let mut outputs = Vec::with_capacity(meta.num_seqs());
     for seq in 0..meta.num_seqs() {
         let (start, end) = (meta.cu_seqlens_q[seq] as usize, meta.cu_seqlens_q[seq + 1] as usize);
         let (len_q, len_k) = (end - start, meta.seq_lens[seq] as usize);
+        if len_q == 0 {
+            continue;
+        }
         let slots: Vec<u32> = (0..len_k).map(|pos| meta.slot(seq, pos) as u32).collect();
         let slots = Tensor::new(slots, q.device())?;
         let gather = |cache: &Tensor| -> Result<Tensor> {
@@ -104,7 +105,7 @@ pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &A
             let rows = rows.transpose(0, 1)?.unsqueeze(1)?; // [KVH, 1, Lk, D]
             Ok(rows.broadcast_as((kv_heads, group, len_k, width))?.reshape((heads, len_k, width))?)
         };
-        let (k, v) = (gather(&layer.k)?, gather(&layer.v)?);
+        let (k, v) = (gather(cache_k)?, gather(cache_v)?);
         let q = q.narrow(0, start, len_q)?.to_dtype(DType::F32)?.transpose(0, 1)?.contiguous()?; // [H, Lq, D]
         let mut scores = (q.matmul(&k.t()?)? * f64::from(params.scale))?; // [H, Lq, Lk]
         if let Some(cap) = params.softcap.map(f64::from) {

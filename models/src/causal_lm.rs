@@ -1,6 +1,7 @@
 //! What the engine needs of a generating model.
 
-use std::path::Path;
+use std::fmt;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -12,7 +13,7 @@ pub trait CausalLm: Send {
     /// `batch.logit_rows`, `[num_logit_rows, vocab_size]` f32 on the CPU device or the model's own.
     ///
     /// # Errors
-    /// If a kernel fails; the cache slots of this batch are then undefined.
+    /// If the batch contradicts itself or a kernel fails; the cache slots of this batch are then undefined.
     fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor>;
 
     /// Sizes and facts.
@@ -28,12 +29,49 @@ pub trait CausalLm: Send {
 /// How to load a model.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Type that weights are stored in; `None`: the checkpoint's own.
+    /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own.
     pub dtype: Option<DType>,
-    /// Type of cached keys and values; `None`: the device's default.
+    /// Type of cached keys and values; `None`: that of the activations (f32 on the CPU, else the weights').
     pub kv_cache_dtype: Option<DType>,
     /// Where the model lives.
     pub device: Device,
+    /// Longest sequence the model will be run with; `None`: what its config says. Longrope models (Phi-3) rotate
+    /// positions for short or for long contexts by it.
+    pub max_model_len: Option<usize>,
+    /// Told of each tensor as it is loaded.
+    pub progress: Option<Progress>,
+}
+
+impl Default for LoadOptions {
+    /// On the CPU, in the checkpoint's own types.
+    fn default() -> Self {
+        Self { dtype: None, kv_cache_dtype: None, device: Device::Cpu, max_model_len: None, progress: None }
+    }
+}
+
+/// How far loading has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Tensors read so far.
+    pub tensors_loaded: usize,
+    /// Tensors of the model.
+    pub num_tensors: usize,
+    /// Parameters read so far.
+    pub parameters_loaded: usize,
+    /// Parameters of the model.
+    pub num_parameters: usize,
+}
+
+pub(crate) type ProgressFn = dyn Fn(LoadProgress) + Send + Sync;
+
+/// A function that is told how far loading has come, on the loading thread.
+#[derive(Clone)]
+pub struct Progress(pub Arc<dyn Fn(LoadProgress) + Send + Sync>);
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
+    }
 }
 
 /// Sizes and facts of a loaded model.
@@ -59,15 +97,4 @@ pub struct ModelInfo {
     pub weight_bytes: usize,
     /// Bytes of one token's keys and values over all layers.
     pub kv_bytes_per_token: usize,
-}
-
-/// Loads the model in folder (or GGUF file) `path`.
-///
-/// Every file is checked against its header, and every tensor against the config, before the first large allocation.
-///
-/// # Errors
-/// Names the file and what is wrong with it; [`crate::Error::UnknownArchitecture`] lists the known ones.
-pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
-    let _ = options;
-    Err(crate::Error::UnknownArchitecture { name: path.display().to_string(), known: String::new() })
 }

@@ -1,6 +1,6 @@
 //! The error of this crate.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What can go wrong when a model is loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +29,9 @@ pub enum Error {
         /// All known names, comma separated.
         known: String,
     },
+    /// The step's batch contradicts itself or the model: a fault of the caller.
+    #[error("batch: {0}")]
+    Batch(String),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] ingle_kernels::Error),
@@ -39,3 +42,7 @@ pub enum Error {
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+pub(crate) fn invalid(path: &Path, message: impl Into<String>) -> Error {
+    Error::Invalid { path: path.to_owned(), message: message.into() }
+}

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device};
 use ingle_kernels::KvLayer;
 
-use crate::Result;
+use crate::error::{Error, Result};
 
 /// Keys and values of all layers, `num_blocks` blocks of `block_size` token slots each.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ impl KvCache {
     /// Allocates `num_layers` zeroed layers.
     ///
     /// # Errors
-    /// If the device is out of memory or a size is zero.
+    /// If the device is out of memory, a size is zero, or slot numbers exceed 32 bits.
     pub fn new(
         num_layers: usize,
         num_kv_heads: usize,
@@ -26,8 +26,12 @@ impl KvCache {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
+        let num_slots = num_blocks.checked_mul(block_size);
+        let num_slots = num_slots.filter(|slots| u32::try_from(*slots).is_ok()).ok_or_else(|| {
+            Error::Batch(format!("a cache of {num_blocks} blocks of {block_size} slots has too many slots"))
+        })?;
         let layers = (0..num_layers)
-            .map(|_| KvLayer::new(num_blocks * block_size, num_kv_heads, head_dim, dtype, device))
+            .map(|_| KvLayer::new(num_slots, num_kv_heads, head_dim, dtype, device))
             .collect::<Result<_, _>>()?;
         Ok(Self { layers, num_blocks, block_size })
     }
@@ -35,6 +39,12 @@ impl KvCache {
     /// The cache of layer `idx`.
     pub fn layer_mut(&mut self, idx: usize) -> &mut KvLayer {
         &mut self.layers[idx]
+    }
+
+    /// Number of layers.
+    #[must_use]
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
     }
 
     /// Number of blocks.

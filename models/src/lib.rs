@@ -6,12 +6,32 @@
 
 mod batch;
 mod causal_lm;
+mod config;
+mod convert;
+mod decoder;
 mod error;
+mod families;
+mod gguf;
+mod json;
 mod kv_cache;
+mod layout;
+mod linear;
+mod load;
+mod loader;
+mod mlp;
+mod moe;
+mod registry;
+mod rope;
+mod safetensors;
 mod source;
+mod weights;
 
 pub use batch::Batch;
-pub use causal_lm::{CausalLm, LoadOptions, ModelInfo, load_causal_lm};
+pub use causal_lm::{CausalLm, LoadOptions, LoadProgress, ModelInfo, Progress};
+pub use convert::{ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, convert};
 pub use error::{Error, Result};
+pub use gguf::{GgufText, text_files as gguf_text_files};
+pub use ingle_kernels::{Isa, PagedMeta, isa, num_threads, set_num_threads};
 pub use kv_cache::KvCache;
+pub use load::load_causal_lm;
 pub use source::TensorSource;

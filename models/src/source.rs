@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::Result;
 
@@ -17,6 +17,21 @@ pub trait TensorSource {
 
     /// Shape of a tensor, `None` if it is absent.
     fn shape(&self, name: &str) -> Option<&[usize]>;
+
+    /// File that holds a tensor, for messages.
+    fn file_of(&self, name: &str) -> &Path {
+        let _ = name;
+        self.path()
+    }
+
+    /// Type that [`TensorSource::load`] gives a tensor in; `None` if the config, not the file, says so.
+    ///
+    /// # Errors
+    /// If the stored type cannot be read.
+    fn dtype(&self, name: &str) -> Result<Option<DType>> {
+        let _ = name;
+        Ok(None)
+    }
 
     /// Reads one tensor to CPU memory in its stored type; quantised ones dequantised.
     ///

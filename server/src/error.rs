@@ -49,6 +49,8 @@ pub enum ErrorKind {
     Internal,
     /// The model produced NaN or infinity.
     NonFiniteLogits,
+    /// The model is not loaded yet.
+    Loading,
     /// The server is going down.
     Draining,
     /// Work waits and the engine does not get on with it.
@@ -82,6 +84,7 @@ impl ErrorKind {
             Self::Overloaded => (S::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", Some(1)),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, SERVER, "internal_error", None),
             Self::NonFiniteLogits => (S::INTERNAL_SERVER_ERROR, SERVER, "non_finite_logits", None),
+            Self::Loading => (S::SERVICE_UNAVAILABLE, "service_unavailable", "loading", Some(2)),
             Self::Draining => (S::SERVICE_UNAVAILABLE, "service_unavailable", "draining", Some(5)),
             Self::Stalled => (S::SERVICE_UNAVAILABLE, "service_unavailable", "stalled", Some(5)),
             Self::EngineDead => (S::SERVICE_UNAVAILABLE, "service_unavailable", "engine_dead", Some(10)),

@@ -5,9 +5,13 @@
 //! (tokens) -> `ingle_engine` -> [`text`] (characters) -> `http` (JSON or events).
 
 pub mod auth;
+pub mod cli;
+pub mod commands;
 pub mod error;
+pub mod hub;
 mod http;
 pub mod listen;
+pub mod logging;
 mod metrics;
 pub mod state;
 pub mod text;

@@ -27,7 +27,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::state::AppState;
+use crate::{http, state::AppState};
 use connection::{Class, Shared};
 pub use shutdown::{Shutdown, ShutdownTrigger};
 
@@ -154,55 +154,78 @@ enum Accepted {
     Unix(UnixStream),
 }
 
-/// Serves `app` until the end that `shutdown` asks for.
+/// Serves `app` until the end that `shutdown` asks for: [`Server::start`] and [`Server::run`] in one.
 ///
 /// # Errors
-/// [`ServeError::EngineDead`] if the engine ended by itself: clients have been told, the process should exit with a
-/// failure.
+/// As [`Server::run`].
 pub async fn serve(
     listeners: Vec<Listener>,
     app: Router,
     state: AppState,
     config: ListenConfig,
-    mut shutdown: Shutdown,
+    shutdown: Shutdown,
 ) -> Result<(), ServeError> {
-    let shared = Arc::new(Shared::new(app, config.clone()));
-    let accepting = TaskTracker::new();
-    for listener in listeners {
-        accepting.spawn(accept_loop(listener, Arc::clone(&shared)));
-    }
-    accepting.close();
+    Server::start(listeners, config).run(app, state, shutdown).await
+}
 
-    let mut died = false;
-    tokio::select! {
-        () = shutdown.signalled(1) => {}
-        () = engine_died(&state) => died = true,
+/// A server that accepts connections. Until it is given an app it answers `/health` and says 503 to all else.
+pub struct Server {
+    shared: Arc<Shared>,
+    accepting: TaskTracker,
+}
+
+impl Server {
+    /// Begins to accept.
+    #[must_use]
+    pub fn start(listeners: Vec<Listener>, config: ListenConfig) -> Self {
+        let shared = Arc::new(Shared::new(http::waiting_app(), config));
+        let accepting = TaskTracker::new();
+        for listener in listeners {
+            accepting.spawn(accept_loop(listener, Arc::clone(&shared)));
+        }
+        accepting.close();
+        Self { shared, accepting }
     }
-    if died {
-        tracing::error!("the engine has ended; shutting down");
-        state.start_drain();
-        // Waiting clients were told by the engine; a moment for the last answers and a last look at /ready.
-        shared.drain.cancel();
-        let deadline = Instant::now() + Duration::from_secs(2);
-        let _ = timeout_at(deadline, shared.idle()).await;
-    } else {
-        tracing::info!("shutting down: no new requests, running ones finish");
-        state.start_drain();
-        shared.drain.cancel();
-        let deadline = Instant::now() + config.drain_timeout;
+
+    /// Serves `app` until the end that `shutdown` asks for.
+    ///
+    /// # Errors
+    /// [`ServeError::EngineDead`] if the engine ended by itself: clients have been told, the process should exit with
+    /// a failure.
+    pub async fn run(self, app: Router, state: AppState, mut shutdown: Shutdown) -> Result<(), ServeError> {
+        let Self { shared, accepting } = self;
+        shared.serve(app);
+        let mut died = false;
         tokio::select! {
-            () = shared.idle() => {}
-            () = tokio::time::sleep_until(deadline) => tracing::warn!("requests still run at the drain deadline; cutting them"),
-            () = shutdown.signalled(2) => tracing::warn!("second signal; cutting running requests"),
+            () = shutdown.signalled(1) => {}
             () = engine_died(&state) => died = true,
         }
+        if died {
+            tracing::error!("the engine has ended; shutting down");
+            state.start_drain();
+            // Waiting clients were told by the engine; a moment for the last answers and a last look at /ready.
+            shared.drain.cancel();
+            let deadline = Instant::now() + Duration::from_secs(2);
+            let _ = timeout_at(deadline, shared.idle()).await;
+        } else {
+            tracing::info!("shutting down: no new requests, running ones finish");
+            state.start_drain();
+            shared.drain.cancel();
+            let deadline = Instant::now() + shared.config.drain_timeout;
+            tokio::select! {
+                () = shared.idle() => {}
+                () = tokio::time::sleep_until(deadline) => tracing::warn!("requests still run at the drain deadline; cutting them"),
+                () = shutdown.signalled(2) => tracing::warn!("second signal; cutting running requests"),
+                () = engine_died(&state) => died = true,
+            }
+        }
+        state.cut_requests();
+        // What was cut is written to clients that read.
+        let _ = timeout_at(Instant::now() + Duration::from_millis(500), shared.idle()).await;
+        shared.stop.cancel();
+        let _ = timeout_at(Instant::now() + Duration::from_millis(200), accepting.wait()).await;
+        if died { Err(ServeError::EngineDead) } else { Ok(()) }
     }
-    state.cut_requests();
-    // What was cut is written to clients that read.
-    let _ = timeout_at(Instant::now() + Duration::from_millis(500), shared.idle()).await;
-    shared.stop.cancel();
-    let _ = timeout_at(Instant::now() + Duration::from_millis(200), accepting.wait()).await;
-    if died { Err(ServeError::EngineDead) } else { Ok(()) }
 }
 
 async fn engine_died(state: &AppState) {

@@ -1,2 +1,28 @@
-//! The binary.
-fn main() {}
+//! The binary: parses the command line, runs the command, and turns its outcome into an exit status.
+//!
+//! 0: done; 1: it failed; 2: the command line, a setting or an address cannot be used.
+
+use std::process::ExitCode;
+
+use ingle::cli::{self, Command};
+use ingle::commands;
+
+fn main() -> ExitCode {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let outcome = match &cli.command {
+        Command::Serve(args) => return commands::serve(args),
+        Command::Run(args) => commands::run(args),
+        Command::Convert(args) => commands::convert(args),
+        Command::Models(args) => commands::models(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -78,8 +78,8 @@ impl Default for AppConfig {
 pub struct TextModel {
     /// Text to token ids and back.
     pub tokenizer: Arc<Tokenizer>,
-    /// Messages to prompt text.
-    pub template: Arc<ChatTemplate>,
+    /// Messages to prompt text; a model without one completes text but does not chat.
+    pub template: Option<Arc<ChatTemplate>>,
 }
 
 /// What `/v1/models` says about the model.
@@ -181,6 +181,12 @@ impl AppState {
 
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.0.metrics
+    }
+
+    /// All names the model answers to.
+    #[must_use]
+    pub fn served_names(&self) -> &[String] {
+        &self.0.config.served_names
     }
 
     /// The first served name.

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ingle_models::{Batch, CausalLm, KvCache, load_causal_lm};
+use ingle_models::{Batch, CausalLm, KvCache, PagedMeta, load_causal_lm};
 
 pub use candle_core::{DType, Device};
 pub use ingle_models::{LoadOptions, ModelInfo};
@@ -48,7 +48,9 @@ pub enum RunnerError {
     #[error(transparent)]
     Model(#[from] ingle_models::Error),
     /// The budget holds no block.
-    #[error("{budget} bytes are too few for the key/value cache: one block of {block_size} tokens needs {needed}")]
+    #[error(
+        "{budget} bytes are too few for the key/value cache: one block of {block_size} tokens needs {needed}"
+    )]
     CacheTooSmall {
         /// Bytes allowed.
         budget: usize,
@@ -167,6 +169,33 @@ impl ModelRunner {
         }
     }
 
+    /// Runs one step of `num_tokens` tokens (cut to what the cache holds), so that the first request finds threads,
+    /// pages and kernels ready. What it leaves in the cache belongs to no sequence.
+    ///
+    /// # Errors
+    /// If the step fails, as any would.
+    pub fn warm_up(&mut self, num_tokens: usize) -> Result<(), RunnerError> {
+        let block_size = self.cache.block_size();
+        let num_tokens = num_tokens.min(self.cache.num_blocks() * block_size).min(self.max_model_len).max(1);
+        let num_blocks = num_tokens.div_ceil(block_size);
+        let ids = |end: usize| (0..u32::try_from(end).unwrap_or(u32::MAX)).collect::<Vec<_>>();
+        let last = u32::try_from(num_tokens - 1).unwrap_or(u32::MAX);
+        let meta = PagedMeta {
+            positions: ids(num_tokens),
+            slot_mapping: ids(num_tokens),
+            cu_seqlens_q: vec![0, last + 1],
+            seq_lens: vec![last + 1],
+            block_tables: ids(num_blocks),
+            cu_blocks: vec![0, u32::try_from(num_blocks).unwrap_or(u32::MAX)],
+            block_size,
+        };
+        let batch = Batch { input_ids: vec![0; num_tokens], meta, logit_rows: vec![last] };
+        let logits = self.model.forward(&batch, &mut self.cache)?;
+        // Reading them back waits for the device.
+        logits.to_vec2::<f32>().map_err(ingle_models::Error::from)?;
+        Ok(())
+    }
+
     /// The outputs of one sequence from its rows of logits.
     fn outputs(&self, part: &ScheduledSeq, rows: &mut [f32], width: usize) -> SeqOutput {
         let prompt_rows = part.prompt_rows();
@@ -204,7 +233,9 @@ impl ModelRunner {
 /// Blocks that the budget pays for, at most as many as can ever be used at once.
 fn num_blocks(info: &ModelInfo, options: &CacheOptions, longest: usize) -> Result<usize, RunnerError> {
     let CacheOptions { block_size, max_num_seqs, .. } = *options;
-    for (size, name) in [(block_size, "block_size"), (max_num_seqs, "max_num_seqs"), (longest, "max_model_len")] {
+    for (size, name) in
+        [(block_size, "block_size"), (max_num_seqs, "max_num_seqs"), (longest, "max_model_len")]
+    {
         if size == 0 {
             return Err(RunnerError::Zero(name));
         }
@@ -249,7 +280,9 @@ fn batch(plan: &StepPlan) -> Result<(Batch, Vec<usize>), BackendError> {
         meta.seq_lens.push(narrow(part.end())?);
         let prompt_rows = part.prompt_rows();
         let last = part.tokens.len() - 1;
-        let rows = prompt_rows.clone().chain((part.sample.is_some() && !prompt_rows.contains(&last)).then_some(last));
+        let rows = prompt_rows
+            .clone()
+            .chain((part.sample.is_some() && !prompt_rows.contains(&last)).then_some(last));
         let before = batch.logit_rows.len();
         for row in rows {
             batch.logit_rows.push(narrow(first_row + row)?);
@@ -353,16 +386,27 @@ mod tests {
         };
         let seen = Arc::new(Mutex::new(Vec::new()));
         let model = Successor { info, seen: seen.clone() };
-        let options =
-            CacheOptions { block_size: 4, budget, max_model_len: None, max_num_seqs: 2, vocab_size: Some(10) };
+        let options = CacheOptions {
+            block_size: 4,
+            budget,
+            max_model_len: None,
+            max_num_seqs: 2,
+            vocab_size: Some(10),
+        };
         (ModelRunner::new(Box::new(model), &options), seen)
     }
 
     fn part(prompt: &[u32], start: usize, len: usize, blocks: &[u32], scored: bool) -> ScheduledSeq {
         let sampling = SamplingParams { temperature: 0.0, logprobs: Some(1), ..SamplingParams::default() };
         let prompt_logprobs = scored.then_some(1);
-        let request =
-            Request { prompt: prompt.to_vec(), sampling, max_tokens: 5, n: 1, prompt_logprobs, ..Request::default() };
+        let request = Request {
+            prompt: prompt.to_vec(),
+            sampling,
+            max_tokens: 5,
+            n: 1,
+            prompt_logprobs,
+            ..Request::default()
+        };
         let limits =
             Limits { vocab_size: 10, max_model_len: 100, max_n: 1, max_logprobs: 5, max_token_list: 5 };
         let is_last = start + len == prompt.len();

@@ -110,6 +110,8 @@ pub struct Scheduler {
     next_request: u64,
     /// Sum of all sequences' `reserved`.
     reserved: usize,
+    /// In the last step somebody in the queue found no room and nobody else did.
+    is_queue_stuck: bool,
     counters: SchedulerCounters,
     faults: Faults,
 }
@@ -135,6 +137,7 @@ impl Scheduler {
             next_seq: 0,
             next_request: 0,
             reserved: 0,
+            is_queue_stuck: false,
             counters: SchedulerCounters::default(),
             faults: Faults::default(),
         }
@@ -260,16 +263,20 @@ impl Scheduler {
         }
     }
 
-    /// Running sequences with more than one pending token.
+    /// Running sequences with more than one pending token. One of them takes half of what is left as long as others
+    /// come after it, so that a long prompt does not keep short ones waiting.
     fn schedule_prompts(&mut self, plan: &mut StepPlan, budget: &mut usize) {
-        let order: Vec<SeqId> = self.running.values().copied().collect();
-        for id in order {
+        // One pending token left undone by the loop before has no block; it is not tried again here.
+        let is_prompt = |id: &SeqId| self.seqs[id].num_pending() > 1;
+        let mut order: VecDeque<SeqId> = self.running.values().copied().filter(is_prompt).collect();
+        let has_place = self.running.len() < self.config.max_num_seqs;
+        let queue_may_move = has_place && !self.waiting.is_empty() && !self.is_queue_stuck;
+        while let Some(id) = order.pop_front() {
             let pending = self.seqs[&id].num_pending();
-            // One pending token left undone by the loop before has no block; it is not tried again here.
-            if pending <= 1 {
-                continue;
-            }
-            let count = self.chunk(pending, *budget);
+            let is_last = order.is_empty() && !queue_may_move;
+            let share =
+                if is_last || !self.config.enable_chunked_prefill { *budget } else { budget.div_ceil(2) };
+            let count = self.chunk(pending, share);
             if count == 0 {
                 break;
             }
@@ -406,7 +413,6 @@ impl Scheduler {
     fn drop_blocks(&mut self, id: SeqId) {
         self.release_blocks(id);
         let Some(seq) = self.seqs.get_mut(&id) else { return };
-        self.counters.recomputed_tokens += seq.num_confirmed as u64;
         if !self.faults.has(Fault::StaleComputed) {
             seq.reset_computed();
         }
@@ -462,6 +468,7 @@ impl Scheduler {
             prompt_logprobs: if seq.prompt_logprobs.is_some() { req.prompt_logprobs } else { None },
             req: seq.req.clone(),
         });
+        self.counters.recomputed_tokens += seq.num_lost.min(end).saturating_sub(start) as u64;
         seq.num_computed = end;
         seq.last_step = Some(plan.step);
         seq.started = true;
@@ -507,6 +514,20 @@ impl Scheduler {
         if !seq.block_table.is_empty() {
             self.held.insert(rank, id);
         }
+    }
+
+    /// Forgets all blocks and what they held. For an idle scheduler whose blocks were not all given back: that is a
+    /// bug, but no reason to serve from a smaller cache for ever.
+    ///
+    /// # Panics
+    /// If it is not idle.
+    pub fn reset_cache(&mut self) {
+        assert!(self.is_idle() && self.in_flight.is_empty(), "blocks are in use");
+        let faults = self.pool.faults;
+        self.pool = BlockPool::new(self.config.num_blocks, self.config.enable_prefix_caching);
+        self.pool.faults = faults;
+        self.fences = Fences::default();
+        self.reserved = 0;
     }
 
     fn remove_seq(&mut self, id: SeqId) {

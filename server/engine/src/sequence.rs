@@ -48,6 +48,8 @@ pub(crate) struct Sequence {
     pub(crate) num_computed: usize,
     /// Tokens of completed steps.
     pub(crate) num_confirmed: usize,
+    /// Tokens that were confirmed before blocks were lost.
+    pub(crate) num_lost: usize,
     /// Latest step with a part of this sequence, while it is in flight.
     pub(crate) last_step: Option<StepId>,
     /// Blocks that are set aside for this sequence and not yet in its table.
@@ -85,6 +87,7 @@ impl Sequence {
             block_table: Vec::new(),
             num_computed: 0,
             num_confirmed: 0,
+            num_lost: 0,
             last_step: None,
             reserved: 0,
             preemptions: 0,
@@ -143,6 +146,7 @@ impl Sequence {
 
     /// Forgets what the lost blocks held.
     pub(crate) fn reset_computed(&mut self) {
+        self.num_lost = self.num_lost.max(self.num_confirmed);
         self.num_computed = 0;
         self.num_confirmed = 0;
         if let Some(entries) = &mut self.prompt_logprobs {

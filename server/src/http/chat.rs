@@ -97,8 +97,12 @@ pub(crate) async fn render(State(state): State<AppState>, request: Request) -> A
 /// Renders and encodes on a worker thread. Special-token text inside messages stays text.
 pub(crate) async fn encode(state: &AppState, conversation: Conversation) -> ApiResult<Vec<u32>> {
     let text = std::sync::Arc::clone(state.text());
+    let Some(template) = text.template.clone() else {
+        let message = "This model has no chat template, so it completes text (/v1/completions) but does not chat.";
+        return Err(ApiError::invalid("messages", message));
+    };
     let bytes = conversation.num_bytes();
-    let work = move || text.template.encode_chat(&text.tokenizer, &conversation.input());
+    let work = move || template.encode_chat(&text.tokenizer, &conversation.input());
     state.pool().run(bytes, work).await.map_err(|error| tokens::text_error(error, "messages"))
 }
 

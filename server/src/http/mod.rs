@@ -66,6 +66,12 @@ pub fn paths() -> Vec<&'static str> {
     routes().into_iter().map(|(path, _)| path).collect()
 }
 
+/// What answers while the model is loaded: `/health` lives, all else is not ready.
+pub(crate) fn waiting_app() -> Router {
+    let loading = || async { ApiError::new(ErrorKind::Loading, "The model is being loaded; try again in a moment.") };
+    Router::new().route("/health", get(health::live)).fallback(loading)
+}
+
 /// The whole application. See the module's words for the order of things.
 pub fn app(state: AppState) -> Router {
     build(routes(), state)

@@ -5,7 +5,7 @@ use std::{
     io,
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
@@ -49,7 +49,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Shared by all connections of a server.
 pub(super) struct Shared {
-    app: Router,
+    /// Answers until there is an app.
+    waiting: Router,
+    app: OnceLock<Router>,
     pub(super) config: ListenConfig,
     /// Cancelled: finish what runs, then close.
     pub(super) drain: CancellationToken,
@@ -64,9 +66,10 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(app: Router, config: ListenConfig) -> Self {
+    pub(super) fn new(waiting: Router, config: ListenConfig) -> Self {
         Self {
-            app,
+            waiting,
+            app: OnceLock::new(),
             config,
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
@@ -74,6 +77,12 @@ impl Shared {
             changed: Notify::new(),
             active: AtomicUsize::new(0),
         }
+    }
+
+    /// Requests go to `app` from now on, also those of connections that are already open.
+    pub(super) fn serve(&self, app: Router) {
+        // A second app would be a bug of ours; the first one stays.
+        let _ = self.app.set(app);
     }
 
     /// Done when no connection is open.
@@ -197,7 +206,7 @@ async fn answer(
         ApiError::new(ErrorKind::Overloaded, "The server has too many open connections.").into_response()
     } else {
         // A router's only error is `Infallible`.
-        shared.app.clone().oneshot(request).await?
+        shared.app.get().unwrap_or(&shared.waiting).clone().oneshot(request).await?
     };
     watch.head().expect();
     Ok(response.map(|body| Body::new(Counted { body, _active: active })))

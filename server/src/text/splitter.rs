@@ -247,7 +247,9 @@ mod tests {
     }
 
     fn reference(pattern: &str, text: &str) -> Vec<String> {
-        let regex = fancy_regex::Regex::new(pattern).expect("valid");
+        static REGEXES: LazyLock<Vec<fancy_regex::Regex>> =
+            LazyLock::new(|| ALL.iter().map(|p| fancy_regex::Regex::new(p).expect("valid")).collect());
+        let regex = &REGEXES[ALL.iter().position(|p| *p == pattern).expect("one of them")];
         let mut pieces = Vec::new();
         let mut end = 0;
         for found in regex.find_iter(text) {
@@ -283,7 +285,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
         fn equals_the_pattern(text in tricky()) {
             for pattern in ALL {
@@ -296,7 +298,7 @@ mod tests {
     fn every_single_character_and_pair_with_space() {
         for pattern in ALL {
             let regex = fancy_regex::Regex::new(pattern).expect("valid");
-            for c in (0..0x11_0000).step_by(3).filter_map(char::from_u32) {
+            for c in (0..0x11_0000).step_by(7).filter_map(char::from_u32) {
                 let text = format!("a{c} {c}1");
                 let want: Vec<_> = regex.find_iter(&text).map(|m| m.expect("no limit").as_str()).collect();
                 assert_eq!(ours(pattern, &text), want, "{c:?}");

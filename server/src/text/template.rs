@@ -9,7 +9,7 @@ use crate::text::TextError;
 use crate::text::guard::{ControlTokens, Guard, random_mark};
 use crate::text::pyjson::{JsonStyle, to_json, to_str};
 use crate::text::tokenizer::{Specials, Tokenizer, token_name};
-use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{
     AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value as Jinja,
 };
@@ -383,6 +383,7 @@ fn describe(error: &Error) -> String {
 fn print(out: &mut Output, state: &mut State, value: &Jinja) -> Result<(), Error> {
     match value.kind() {
         ValueKind::Undefined | ValueKind::String => minijinja::escape_formatter(out, state, value),
+        ValueKind::Number if value.is_integer() => minijinja::escape_formatter(out, state, value),
         ValueKind::None | ValueKind::Bool | ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
             out.write_str(&python_text(value)).map_err(Error::from)
         }
@@ -401,7 +402,8 @@ fn python_text(value: &Jinja) -> String {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-fn tojson(value: &Jinja, args: Rest<Jinja>) -> Result<Jinja, Error> {
+fn tojson(value: &Jinja, args: Rest<ValueOrKwargs>) -> Result<Jinja, Error> {
+    let args = args.into_values();
     let (positional, kwargs): (&[Jinja], Kwargs) = from_args(&args)?;
     let argument = |index: usize, name: &str| -> Result<Option<Jinja>, Error> {
         let value = match positional.get(index) {
@@ -410,9 +412,11 @@ fn tojson(value: &Jinja, args: Rest<Jinja>) -> Result<Jinja, Error> {
         };
         Ok(value.filter(|v| !v.is_none() && !v.is_undefined()))
     };
-    let mut style = JsonStyle::default();
-    style.ensure_ascii = argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true());
-    style.indent = argument(1, "indent")?.map(|v| width(&v)).transpose()?;
+    let mut style = JsonStyle {
+        ensure_ascii: argument(0, "ensure_ascii")?.is_some_and(|v| v.is_true()),
+        indent: argument(1, "indent")?.map(|v| width(&v)).transpose()?,
+        ..JsonStyle::default()
+    };
     if let Some(separators) = argument(2, "separators")? {
         let part = |index: usize| {
             let part = separators.get_item_by_index(index).ok().and_then(|v| v.as_str().map(str::to_owned));
@@ -442,7 +446,8 @@ fn width(value: &Jinja) -> Result<usize, Error> {
 }
 
 /// Jinja's `indent(width=4, first=False, blank=False)`.
-fn indent(text: &str, args: Rest<Jinja>) -> Result<String, Error> {
+fn indent(text: &str, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    let args = args.into_values();
     let (positional, kwargs): (&[Jinja], Kwargs) = from_args(&args)?;
     let argument = |index: usize, name: &str| match positional.get(index) {
         Some(value) => Ok(Some(value.clone())),

@@ -3,8 +3,8 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use ingle_engine::{
-    BlockHash, BlockHasher, EngineConfig, MAX_PREEMPTIONS, RequestId, SchedulerSnapshot, ScriptedBackend, SeqSnapshot,
-    SeqStatus, StepPlan,
+    BlockHash, BlockHasher, EngineConfig, MAX_PREEMPTIONS, RequestId, SchedulerSnapshot, ScriptedBackend,
+    SeqSnapshot, SeqStatus, StepPlan,
 };
 
 type Check = Result<(), String>;
@@ -62,7 +62,10 @@ pub(crate) fn plan(
         let last = (part.end() - 1) / config.block_size;
         for block in &part.block_table[first..=last] {
             if after.refs[block.idx()] != 1 || after.entries[block.idx()].is_some() {
-                return Err(format!("I3: block {} is shared or cached, and written by sequence {id}", block.0));
+                return Err(format!(
+                    "I3: block {} is shared or cached, and written by sequence {id}",
+                    block.0
+                ));
             }
             if !written.insert(*block) {
                 return Err(format!("I3: block {} is written twice in a step", block.0));
@@ -147,7 +150,12 @@ pub(crate) struct CacheCheck {
 impl CacheCheck {
     pub(crate) fn new(hash_key: [u8; 32], config: &EngineConfig) -> Self {
         let checked = vec![None; config.num_blocks];
-        Self { hasher: BlockHasher::new(hash_key), block_size: config.block_size, known: HashMap::new(), checked }
+        Self {
+            hasher: BlockHasher::new(hash_key),
+            block_size: config.block_size,
+            known: HashMap::new(),
+            checked,
+        }
     }
 
     /// Notes all full blocks of `tokens` under `salt`.
@@ -164,7 +172,12 @@ impl CacheCheck {
     }
 
     /// Checks entries that are new since the last call; all of them if `everything`.
-    pub(crate) fn check(&mut self, state: &SchedulerSnapshot, backend: &ScriptedBackend, everything: bool) -> Check {
+    pub(crate) fn check(
+        &mut self,
+        state: &SchedulerSnapshot,
+        backend: &ScriptedBackend,
+        everything: bool,
+    ) -> Check {
         for (idx, entry) in state.entries.iter().enumerate() {
             let hash = entry.as_ref().map(|entry| entry.hash);
             if std::mem::replace(&mut self.checked[idx], hash) == hash && !everything {

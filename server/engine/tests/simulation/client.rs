@@ -1,8 +1,8 @@
 //! One request as its client sees it, and the answer it must get.
 
 use ingle_engine::{
-    EngineConfig, EngineError, FinishReason, Limits, Request, RequestId, SamplingParams, ScriptedBackend, TokenEvent,
-    ValidatedRequest,
+    EngineConfig, EngineError, FinishReason, Limits, Request, RequestId, SamplingParams, ScriptedBackend,
+    TokenEvent, ValidatedRequest,
 };
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -27,6 +27,13 @@ pub(crate) struct Choice {
     reason: FinishReason,
     pub(crate) received: Vec<u32>,
     pub(crate) ended: bool,
+}
+
+impl Choice {
+    /// The answer it must get.
+    pub(crate) fn expected(&self) -> &[u32] {
+        &self.expected
+    }
 }
 
 #[derive(Debug)]
@@ -62,7 +69,8 @@ pub(crate) fn oracle(config: &EngineConfig, request: &Request, choice: u16) -> (
     let mut answer: Vec<u32> = Vec::new();
     while answer.len() < max_output(config, request) {
         let token = ScriptedBackend::hash_token(VOCAB, digest, seed, choice);
-        let ends = (token == EOS && !request.sampling.ignore_eos) || request.sampling.stop_token_ids.contains(&token);
+        let ends = (token == EOS && !request.sampling.ignore_eos)
+            || request.sampling.stop_token_ids.contains(&token);
         if ends && answer.len() >= request.sampling.min_tokens as usize {
             return (answer, FinishReason::Stop(token));
         }
@@ -79,6 +87,9 @@ pub(crate) fn make_request(options: &Options, rng: &mut ChaCha8Rng) -> Option<Va
     let prefix = rng.random_range(0..options.prefixes) as u32;
     let mut prompt: Vec<u32> = (0..shared as u32).map(|at| (at * at + prefix * 7 + at / 3) % VOCAB).collect();
     prompt.extend((0..own).map(|_| rng.random_range(0..VOCAB)));
+    if rng.random_bool(options.huge) {
+        prompt = (0..options.config.max_model_len as u32 - 8).map(|_| rng.random_range(0..VOCAB)).collect();
+    }
     let max_tokens = rng.random_range(1..=options.max_tokens);
     let scored = rng.random_bool(options.score_prompt);
     let request = Request {
@@ -90,7 +101,7 @@ pub(crate) fn make_request(options: &Options, rng: &mut ChaCha8Rng) -> Option<Va
         prompt_logprobs: scored.then_some(1),
         sampling: SamplingParams {
             seed: Some(rng.random()),
-            ignore_eos: rng.random_bool(0.3),
+            ignore_eos: rng.random_bool(options.ignore_eos),
             stop_token_ids: if rng.random_bool(0.2) { vec![rng.random_range(0..VOCAB)] } else { Vec::new() },
             ..SamplingParams::default()
         },
@@ -140,7 +151,10 @@ impl Client {
                 let len = self.request.get().prompt.len();
                 let begun = self.choices[0].ended || !self.choices[0].received.is_empty();
                 if std::mem::replace(&mut self.scored, true) || begun || entries.len() != len {
-                    return Err(format!("I7: request {id}: {} prompt scores for {len} tokens", entries.len()));
+                    return Err(format!(
+                        "I7: request {id}: {} prompt scores for {len} tokens",
+                        entries.len()
+                    ));
                 }
                 if entries[0].is_some() || entries[1..].iter().any(Option::is_none) {
                     return Err(format!("I8: request {id}: prompt scores are missing"));
@@ -175,7 +189,9 @@ impl Client {
                         return Err(format!("I8: request {id}: {usage:?} for {prompt} + {tokens} tokens"));
                     }
                     if self.request.get().prompt_logprobs.is_some() != self.scored {
-                        return Err(format!("I8: request {id} wanted prompt scores and got none, or the reverse"));
+                        return Err(format!(
+                            "I8: request {id} wanted prompt scores and got none, or the reverse"
+                        ));
                     }
                     self.outcome = Some(Outcome::Finished);
                 }

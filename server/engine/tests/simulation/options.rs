@@ -32,6 +32,10 @@ pub(crate) struct Options {
     pub(crate) score_prompt: f64,
     /// Beginnings that prompts share.
     pub(crate) prefixes: usize,
+    /// Chance of a prompt that needs most of the cache.
+    pub(crate) huge: f64,
+    /// Chance that a request ignores the end token.
+    pub(crate) ignore_eos: f64,
 }
 
 impl Options {
@@ -59,8 +63,8 @@ impl Options {
         let sometimes = |rng: &mut ChaCha8Rng, chance: f64, rate: f64| {
             if rng.random_bool(chance) { rng.random_range(0.0..rate) } else { 0.0 }
         };
-        Self {
-            config: config.normalized(),
+        let options = Self {
+            config,
             depth: [1, 1, 2, 3][rng.random_range(0..4)],
             num_requests: rng.random_range(2..=30),
             arrival: rng.random_range(0.05..1.0),
@@ -76,6 +80,48 @@ impl Options {
             salts: if rng.random_bool(0.3) { 2 } else { 1 },
             score_prompt: sometimes(&mut rng, 0.3, 0.3),
             prefixes: rng.random_range(1..=3),
-        }
+            huge: 0.0,
+            ignore_eos: rng.random_range(0.0..1.0),
+        };
+        let mut options = match seed % 16 {
+            1 | 9 => options.pressed(&mut rng),
+            5 => options.crowded(&mut rng),
+            _ => options,
+        };
+        options.config = options.config.normalized();
+        options
+    }
+
+    /// Answers that together need several times the cache: sequences take blocks from each other.
+    fn pressed(mut self, rng: &mut ChaCha8Rng) -> Self {
+        let blocks = rng.random_range(4..=24);
+        let capacity = blocks * self.config.block_size;
+        self.config.num_blocks = blocks;
+        self.config.max_num_seqs = 8;
+        self.config.max_num_batched_tokens = 8 + capacity;
+        self.config.max_model_len = capacity;
+        self.max_prompt = (capacity / 4).clamp(1, 60);
+        self.max_tokens = (capacity as u32 / 2).clamp(1, 80);
+        self.ignore_eos = 1.0;
+        self.arrival = 1.0;
+        self
+    }
+
+    /// A stream of small requests with a large one among them now and then, which must not starve.
+    fn crowded(mut self, rng: &mut ChaCha8Rng) -> Self {
+        self.config.block_size = 4;
+        self.config.num_blocks = rng.random_range(12..=20);
+        self.config.max_num_seqs = 8;
+        self.config.max_num_batched_tokens = 64;
+        self.config.max_model_len = self.config.num_blocks * 4;
+        self.num_requests = 200;
+        self.arrival = 1.0;
+        self.burst = 3;
+        self.max_prompt = 6;
+        self.max_tokens = 8;
+        self.huge = 0.03;
+        self.choices = 1;
+        self.slow_reader = 0.0;
+        self
     }
 }

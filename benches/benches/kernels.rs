@@ -1,0 +1,85 @@
+//! Throughput of single kernels: `cargo bench -p ingle-benches --bench kernels [-- FILTER]`.
+//!
+//! Sizes are those of SmolLM2-135M and Llama-3.2-1B. Bytes are the weights (or keys and values) a call must read, items
+//! its floating-point operations, so that the columns compare with the machine's limits.
+#![allow(missing_docs)]
+
+use candle_core::{DType, Device, Tensor};
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta};
+use ingle_kernels::{KvLayer, Weight};
+
+fn main() {
+    divan::main();
+}
+
+const CPU: Device = Device::Cpu;
+
+fn random(shape: &[usize]) -> Tensor {
+    Tensor::rand(-1.0_f32, 1.0, shape, &CPU).expect("memory for a bench")
+}
+
+/// `[rows, cols]` of weights: SmolLM2's gate and up, its head; Llama-3.2-1B's gate and up.
+const MATRICES: [(usize, usize); 3] = [(3072, 576), (49152, 576), (16384, 2048)];
+
+fn linear(bencher: Bencher<'_, '_>, (rows, cols): (usize, usize), tokens: usize, dtype: DType) {
+    // Several copies, so that a small matrix is read from memory as in a model, not from the nearest cache.
+    let copies = (64 << 20) / (rows * cols * dtype.size_in_bytes()) + 1;
+    let weights: Vec<Weight> =
+        (0..copies).map(|_| Weight::new(random(&[rows, cols]), dtype, &CPU).expect("a weight")).collect();
+    let x = random(&[tokens, cols]);
+    let mut turn = 0;
+    bencher
+        .counter(BytesCount::new(weights[0].num_bytes()))
+        .counter(ItemsCount::new(2 * rows * cols * tokens))
+        .bench_local(|| {
+            turn += 1;
+            ops::linear(&x, &weights[turn % copies], None).expect("fitting shapes")
+        });
+}
+
+#[divan::bench(args = MATRICES, consts = [1, 4, 32, 512], sample_count = 20)]
+fn linear_bf16<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, usize)) {
+    linear(bencher, matrix, TOKENS, DType::BF16);
+}
+
+#[divan::bench(args = MATRICES, consts = [1, 32, 512], sample_count = 20)]
+fn linear_f32<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, usize)) {
+    linear(bencher, matrix, TOKENS, DType::F32);
+}
+
+/// Attention of SmolLM2: 9 heads over 3 of width 64, bf16 cache.
+#[divan::bench(args = [(1, 1024, 1), (32, 256, 1), (1, 0, 512), (1, 1536, 512)], sample_count = 20)]
+fn paged_attention_bf16(bencher: Bencher<'_, '_>, (seqs, past, new): (usize, usize, usize)) {
+    let blocks = (past + new).div_ceil(16);
+    let layer = KvLayer::new(seqs * blocks * 16, 3, 64, DType::BF16, &CPU).expect("memory for a bench");
+    let mut meta =
+        PagedMeta { block_size: 16, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
+    for seq in 0..seqs {
+        meta.positions.extend(past as u32..(past + new) as u32);
+        meta.cu_seqlens_q.push(((seq + 1) * new) as u32);
+        meta.seq_lens.push((past + new) as u32);
+        meta.block_tables.extend((seq * blocks) as u32..((seq + 1) * blocks) as u32);
+        meta.cu_blocks.push(meta.block_tables.len() as u32);
+    }
+    let q = random(&[seqs * new, 9, 64]);
+    let params = AttnParams { scale: 0.125, sliding_window: None, softcap: None };
+    let pairs: usize = (1..=new).map(|i| past + i).sum();
+    bencher
+        .counter(BytesCount::new(seqs * (past + new) * 2 * 3 * 64 * 2))
+        .counter(ItemsCount::new(seqs * pairs * 9 * 64 * 4))
+        .bench_local(|| ops::paged_attention(&q, &layer, &meta, &params).expect("fitting shapes"));
+}
+
+#[divan::bench(args = [1, 32, 512], sample_count = 50)]
+fn rms_norm_576(bencher: Bencher<'_, '_>, tokens: usize) {
+    let (x, weight) = (random(&[tokens, 576]), random(&[576]));
+    bencher.bench_local(|| ops::rms_norm(&x, &weight, 1e-5).expect("fitting shapes"));
+}
+
+#[divan::bench(args = [1, 32, 512], sample_count = 50)]
+fn silu_mul_1536(bencher: Bencher<'_, '_>, tokens: usize) {
+    let x = random(&[tokens, 3072]);
+    bencher.bench_local(|| ops::gated_activation(&x, Activation::Silu).expect("fitting shapes"));
+}

@@ -1,0 +1,188 @@
+//! Operations row by row: normalisation, rotation, activation.
+
+use super::simd::{LANES, Simd};
+use super::{OutPtr, Rows, dispatch, pool};
+use crate::ops::Activation;
+
+/// Elements below which a parallel region costs more than it saves.
+const PARALLEL_FROM: usize = 1 << 14;
+
+/// Runs `rows(first, end)` over all rows, in parallel when there is enough to do.
+fn for_rows(num_rows: usize, width: usize, rows: impl Fn(usize, usize) + Sync) {
+    if num_rows * width < PARALLEL_FROM {
+        return rows(0, num_rows);
+    }
+    let pieces = num_rows.min(4 * pool::num_threads());
+    pool::run(pieces, |piece| rows(num_rows * piece / pieces, num_rows * (piece + 1) / pieces));
+}
+
+/// `x / sqrt(mean(x^2) + eps) * weight`, row by row.
+pub(crate) fn rms_norm(x: Rows<'_>, weight: &[f32], eps: f32, y: &mut [f32]) {
+    assert!(weight.len() == x.width && y.len() == x.num_rows * x.width, "sizes");
+    let out = OutPtr(y.as_mut_ptr());
+    for_rows(x.num_rows, x.width, |first, end| {
+        dispatch!(
+            rms_norm_rows(x, weight, eps, out, first, end) -> (),
+            [x: Rows<'_>, weight: &[f32], eps: f32, out: OutPtr<f32>, first: usize, end: usize]
+        );
+    });
+}
+
+#[inline(always)]
+unsafe fn rms_norm_rows<S: Simd>(
+    x: Rows<'_>,
+    weight: &[f32],
+    eps: f32,
+    out: OutPtr<f32>,
+    first: usize,
+    end: usize,
+) {
+    for row in first..end {
+        let x_row = x.row(row);
+        // SAFETY: rows are disjoint parts of the output, which has `width` elements for each; the vector loops stay
+        // within the row and tails are done one by one.
+        unsafe {
+            let y = out.slice(row * x.width, x.width);
+            let vectors = x.width / LANES * LANES;
+            let mut sums = S::splat(0.0);
+            for i in (0..vectors).step_by(LANES) {
+                let v = S::load(x_row.as_ptr().add(i));
+                sums = S::fma(v, v, sums);
+            }
+            let sum = x_row[vectors..].iter().fold(S::sum(sums), |sum, v| sum + v * v);
+            let scale = 1.0 / (sum / x.width as f32 + eps).sqrt();
+            let scales = S::splat(scale);
+            for i in (0..vectors).step_by(LANES) {
+                let v = S::mul(S::load(x_row.as_ptr().add(i)), scales);
+                S::store(y.as_mut_ptr().add(i), S::mul(v, S::load(weight.as_ptr().add(i))));
+            }
+            for i in vectors..x.width {
+                y[i] = x_row[i] * scale * weight[i];
+            }
+        }
+    }
+}
+
+/// Rotates the first `2 * half` of every head, half against half; `cos`, `sin` are `[num_tokens, half]`.
+pub(crate) fn rope(x: Rows<'_>, head_dim: usize, cos: Rows<'_>, sin: Rows<'_>, y: &mut [f32]) {
+    let half = cos.width;
+    assert!(
+        2 * half <= head_dim && x.width.is_multiple_of(head_dim) && y.len() == x.num_rows * x.width,
+        "sizes"
+    );
+    assert!(cos.num_rows == x.num_rows && sin.num_rows == x.num_rows && sin.width == half, "table sizes");
+    let out = OutPtr(y.as_mut_ptr());
+    for_rows(x.num_rows, x.width, |first, end| {
+        for row in first..end {
+            let (cos, sin) = (cos.row(row), sin.row(row));
+            // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
+            let y_row = unsafe { out.slice(row * x.width, x.width) };
+            for (x, y) in x.row(row).chunks_exact(head_dim).zip(y_row.chunks_exact_mut(head_dim)) {
+                let (a, rest) = x.split_at(half);
+                let (b, pass) = rest.split_at(half);
+                for i in 0..half {
+                    y[i] = a[i] * cos[i] - b[i] * sin[i];
+                    y[half + i] = b[i] * cos[i] + a[i] * sin[i];
+                }
+                y[2 * half..].copy_from_slice(pass);
+            }
+        }
+    });
+}
+
+/// `act(gate) * up` for rows of `[gate, up]`.
+pub(crate) fn gated_activation(x: Rows<'_>, activation: Activation, y: &mut [f32]) {
+    let width = x.width / 2;
+    assert!(x.width == 2 * width && y.len() == x.num_rows * width, "sizes");
+    let out = OutPtr(y.as_mut_ptr());
+    for_rows(x.num_rows, x.width, |first, end| {
+        dispatch!(
+            gated_rows(x, activation, out, first, end) -> (),
+            [x: Rows<'_>, activation: Activation, out: OutPtr<f32>, first: usize, end: usize]
+        );
+    });
+}
+
+#[inline(always)]
+unsafe fn gated_rows<S: Simd>(
+    x: Rows<'_>,
+    activation: Activation,
+    out: OutPtr<f32>,
+    first: usize,
+    end: usize,
+) {
+    let width = x.width / 2;
+    for row in first..end {
+        let (gate, up) = x.row(row).split_at(width);
+        // SAFETY: rows are disjoint parts of the output, which has `width` elements for each; the tail goes through a
+        // full vector of its own.
+        unsafe {
+            let y = out.slice(row * width, width);
+            let vectors = width / LANES * LANES;
+            for i in (0..vectors).step_by(LANES) {
+                let v = activate::<S>(S::load(gate.as_ptr().add(i)), activation);
+                S::store(y.as_mut_ptr().add(i), S::mul(v, S::load(up.as_ptr().add(i))));
+            }
+            if vectors < width {
+                let mut tail = [0.0; LANES];
+                tail[..width - vectors].copy_from_slice(&gate[vectors..]);
+                let tail = S::to_array(activate::<S>(S::load(tail.as_ptr()), activation));
+                for i in vectors..width {
+                    y[i] = tail[i - vectors] * up[i];
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activate<S: Simd>(x: S::V, activation: Activation) -> S::V {
+    // SAFETY: the instruction set is given.
+    unsafe {
+        match activation {
+            Activation::Silu => S::mul(x, sigmoid::<S>(x)),
+            Activation::GeluTanh => {
+                // 0.5 (1 + tanh z) = sigmoid(2z)
+                const C: f32 = 0.797_884_6; // sqrt(2 / pi)
+                let cube = S::mul(S::mul(x, x), x);
+                let z = S::mul(S::splat(2.0 * C), S::fma(S::splat(0.044_715), cube, x));
+                S::mul(x, sigmoid::<S>(z))
+            }
+            Activation::Gelu => {
+                let t = S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+                S::mul(S::mul(x, S::splat(0.5)), S::add(erf::<S>(t), S::splat(1.0)))
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the instruction set is given.
+    unsafe {
+        let one = S::splat(1.0);
+        S::div(one, S::add(one, S::exp(S::sub(S::splat(0.0), x))))
+    }
+}
+
+/// Error function, absolute error below 1e-6: the rational approximation 7.1.26 of Abramowitz and Stegun, odd in x.
+#[inline(always)]
+unsafe fn erf<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the instruction set is given.
+    unsafe {
+        let zero = S::splat(0.0);
+        let abs = S::max(x, S::sub(zero, x));
+        // 7.1.26: erf(a) = 1 - (a1 t + .. + a5 t^5) e^(-a^2), t = 1 / (1 + p a); absolute error 1.5e-7
+        let one = S::splat(1.0);
+        let t = S::div(one, S::fma(S::splat(0.327_591_1), abs, one));
+        let mut p = S::splat(1.061_405_4);
+        for c in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+            p = S::fma(p, t, S::splat(c));
+        }
+        let tail = S::mul(S::mul(p, t), S::exp(S::sub(zero, S::mul(abs, abs))));
+        let positive = S::sub(one, tail);
+        // The sign of x: erf is odd. x / |x| would be 0/0 at 0, so clamp a huge multiple instead.
+        let sign = S::max(S::splat(-1.0), S::min(one, S::mul(x, S::splat(1e30))));
+        S::mul(positive, sign)
+    }
+}

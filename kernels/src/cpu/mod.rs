@@ -1,0 +1,110 @@
+//! Our own CPU kernels.
+//!
+//! All of them are written once over [`simd::Simd`], a vector of sixteen f32 lanes, and compiled for each instruction
+//! set that a processor may have; [`isa`] picks one at start. Work is cut into independent pieces for the [`pool`].
+//!
+//! **Batch invariance.** Every output element is a chain of fused multiply-adds in one fixed order over the inner
+//! dimension, whatever the blocking around it: a row's result has the same bits alone and among any other rows, in one
+//! prefill or in chunks, with any number of threads.
+
+#![allow(unsafe_code)]
+// Loops over registers: iterators would hide that the bounds are constants and the arrays never leave registers.
+#![allow(clippy::needless_range_loop)]
+
+mod attention;
+mod buffer;
+mod elementwise;
+mod gemm;
+mod isa;
+mod kv;
+mod matrix;
+mod pool;
+mod simd;
+
+pub(crate) use attention::paged_attention;
+pub(crate) use elementwise::{gated_activation, rms_norm, rope};
+pub(crate) use gemm::matmul;
+pub use isa::{Isa, isa};
+pub(crate) use kv::KvStore;
+pub(crate) use matrix::PackedMatrix;
+pub use pool::{num_threads, set_num_threads};
+
+/// A matrix of f32 rows, `stride` elements apart: an activation, or a slice of one along its last dimension.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    data: &'a [f32],
+    num_rows: usize,
+    width: usize,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// `None` if `data` is too short for its shape.
+    pub(crate) fn new(data: &'a [f32], num_rows: usize, width: usize, stride: usize) -> Option<Self> {
+        let needed =
+            if num_rows == 0 { 0 } else { (num_rows - 1).checked_mul(stride)?.checked_add(width)? };
+        (data.len() >= needed && (stride >= width || num_rows <= 1)).then_some(Self {
+            data,
+            num_rows,
+            width,
+            stride,
+        })
+    }
+
+    /// Row `idx`.
+    #[inline]
+    pub(crate) fn row(&self, idx: usize) -> &'a [f32] {
+        &self.data[idx * self.stride..][..self.width]
+    }
+}
+
+/// A pointer that parallel pieces write through, each to its own part.
+#[derive(Clone, Copy)]
+struct OutPtr<T>(*mut T);
+
+// SAFETY: the pieces of one parallel region write to disjoint ranges (stated where each is made), and the region ends
+// before the buffer is read.
+unsafe impl<T: Send> Send for OutPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for OutPtr<T> {}
+
+impl<T> OutPtr<T> {
+    /// `len` elements from `offset`.
+    ///
+    /// # Safety
+    /// The range must lie in the buffer and no other piece may use it during the region.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice(&self, offset: usize, len: usize) -> &mut [T] {
+        // SAFETY: given by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
+    }
+}
+
+/// Runs `$func::<S>($args)` for the instruction set in use, compiled with its features.
+macro_rules! dispatch {
+    ($func:ident ( $($arg:expr),* $(,)? ) -> $ret:ty, [$($name:ident : $ty:ty),* $(,)?]) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma,avx2")]
+        unsafe fn avx512($($name: $ty),*) -> $ret {
+            // SAFETY: the features of `Avx512` are enabled on this function.
+            unsafe { $func::<$crate::cpu::simd::Avx512>($($name),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn avx2($($name: $ty),*) -> $ret {
+            // SAFETY: the features of `Avx2` are enabled on this function.
+            unsafe { $func::<$crate::cpu::simd::Avx2>($($name),*) }
+        }
+        match $crate::cpu::isa() {
+            // SAFETY: `isa()` returns a set only after detecting its features on this processor.
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: `Portable` needs no features.
+            $crate::cpu::Isa::Portable => unsafe { $func::<$crate::cpu::simd::Portable>($($arg),*) },
+        }
+    }};
+}
+use dispatch;

@@ -1,0 +1,314 @@
+//! Every CPU kernel against the plain formula, odd sizes and tails included, and its batch invariance.
+//!
+//! The instruction set is chosen once a process; `every_instruction_set` runs this binary again for each lower one.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use candle_core::{DType, Device, Tensor};
+use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RopeTables};
+use ingle_kernels::{Isa, KvLayer, Weight, isa, reference};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const CPU: Device = Device::Cpu;
+
+fn rng(seed: u64) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(seed)
+}
+
+fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
+    let count = shape.iter().product();
+    let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(values, shape, &CPU).unwrap()
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Largest difference, as a share of the largest value.
+fn error(found: &Tensor, wanted: &Tensor) -> f32 {
+    assert_eq!(found.dims(), wanted.dims());
+    let (found, wanted) = (values(found), values(wanted));
+    let scale = wanted.iter().fold(1e-3_f32, |max, x| max.max(x.abs()));
+    let worst =
+        found.iter().zip(&wanted).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
+    worst.fold(0.0, f32::max) / scale
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    values(x).into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn linear_equals_the_formula() {
+    let mut rng = rng(1);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        for (n, k) in [(1, 1), (16, 2), (17, 3), (33, 64), (130, 65), (576, 192), (48, 577)] {
+            let parts = [random(&mut rng, &[n, k]), random(&mut rng, &[n.div_ceil(3), k])];
+            let (packed, plain) =
+                (Weight::stack(&parts, dtype, &CPU).unwrap(), Weight::portable(&parts, dtype, &CPU).unwrap());
+            assert_eq!((packed.rows(), packed.cols()), (plain.rows(), plain.cols()));
+            let bias = random(&mut rng, &[packed.rows()]);
+            for m in [1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 25, 66] {
+                // A slice of a wider matrix, as the parts of a stacked projection are.
+                let x = random(&mut rng, &[m, k + 5]).narrow(1, 2, k).unwrap();
+                for bias in [None, Some(&bias)] {
+                    let found = ops::linear(&x, &packed, bias).unwrap();
+                    let wanted = reference::linear(&x, &plain, bias).unwrap();
+                    // Sums of up to 577 products in another order.
+                    assert!(
+                        error(&found, &wanted) < 2e-6,
+                        "{dtype:?} {m} x {n} x {k}: {}",
+                        error(&found, &wanted)
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_does_not_depend_on_the_batch() {
+    let mut rng = rng(2);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let weight = Weight::new(random(&mut rng, &[200, 96]), dtype, &CPU).unwrap();
+        let x = random(&mut rng, &[70, 96]);
+        let all = bits(&ops::linear(&x, &weight, None).unwrap());
+        for size in [1, 2, 3, 8, 32] {
+            for first in [0, 5, 38] {
+                let some = ops::linear(&x.narrow(0, first, size).unwrap(), &weight, None).unwrap();
+                assert_eq!(bits(&some), all[first * 200..][..size * 200], "{dtype:?}, rows {first} + {size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn embedding_reads_rows() {
+    let mut rng = rng(3);
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let matrix = random(&mut rng, &[37, 9]).to_dtype(dtype).unwrap();
+        let weight = Weight::new(matrix.clone(), dtype, &CPU).unwrap();
+        let ids = [0, 36, 15, 16, 17, 36];
+        let found = ops::embedding(&ids, &weight, DType::F32).unwrap();
+        let wanted =
+            matrix.to_dtype(DType::F32).unwrap().index_select(&Tensor::new(&ids, &CPU).unwrap(), 0).unwrap();
+        assert_eq!(bits(&found), bits(&wanted));
+        assert!(ops::embedding(&[37], &weight, DType::F32).is_err());
+    }
+}
+
+#[test]
+fn rms_norm_equals_the_formula() {
+    let mut rng = rng(4);
+    for width in [1, 15, 16, 17, 64, 576] {
+        let weight = random(&mut rng, &[width]);
+        for shape in [vec![1, width], vec![7, width], vec![5, 3, width], vec![300, width]] {
+            let x = random(&mut rng, &shape);
+            let (found, wanted) =
+                (ops::rms_norm(&x, &weight, 1e-5).unwrap(), reference::rms_norm(&x, &weight, 1e-5).unwrap());
+            assert!(error(&found, &wanted) < 1e-6);
+        }
+        let wide = random(&mut rng, &[4, width + 3]).narrow(1, 1, width).unwrap();
+        let (found, wanted) = (
+            ops::rms_norm(&wide, &weight, 1e-5).unwrap(),
+            reference::rms_norm(&wide, &weight, 1e-5).unwrap(),
+        );
+        assert!(error(&found, &wanted) < 1e-6);
+    }
+}
+
+#[test]
+fn rope_equals_the_formula() {
+    let mut rng = rng(5);
+    for (tokens, heads, dim, half) in [(1, 1, 2, 1), (7, 3, 16, 8), (9, 2, 20, 6), (65, 9, 64, 32)] {
+        let positions: Vec<u32> = (0..tokens as u32).map(|i| i * 31 + 5).collect();
+        let inv_freq: Vec<f32> = (0..half).map(|i| 10_000.0_f32.powf(-(i as f32) / half as f32)).collect();
+        let tables = RopeTables::new(&positions, &inv_freq, 1.3, &CPU).unwrap();
+        let x = random(&mut rng, &[tokens, heads, dim]);
+        assert!(error(&ops::rope(&x, &tables).unwrap(), &reference::rope(&x, &tables).unwrap()) < 1e-6);
+        // A slice of the stacked projection, viewed as heads.
+        let wide = random(&mut rng, &[tokens, (heads + 2) * dim]);
+        let slice = wide.narrow(1, dim, heads * dim).unwrap().reshape((tokens, heads, dim)).unwrap();
+        assert!(
+            error(&ops::rope(&slice, &tables).unwrap(), &reference::rope(&slice, &tables).unwrap()) < 1e-6
+        );
+    }
+}
+
+#[test]
+fn gated_activation_equals_the_formula() {
+    let mut rng = rng(6);
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+        for width in [1, 15, 16, 33, 1536] {
+            let x = (random(&mut rng, &[5, 2 * width]) * 9.0).unwrap();
+            let (gate, up) = (x.narrow(1, 0, width).unwrap(), x.narrow(1, width, width).unwrap());
+            let found = ops::gated_activation(&x, activation).unwrap();
+            let wanted = reference::gated_activation(&gate, &up, activation).unwrap();
+            assert!(error(&found, &wanted) < 1e-6, "{activation:?} {width}: {}", error(&found, &wanted));
+        }
+    }
+}
+
+/// A step of some sequences over a cache whose blocks lie in random order; all keys and values are random.
+struct Step {
+    meta: PagedMeta,
+    q: Tensor,
+    fast: KvLayer,
+    plain: KvLayer,
+}
+
+struct Shape {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    block_size: usize,
+    dtype: DType,
+}
+
+/// `lens`: for each sequence how many tokens are cached before this step and how many it brings.
+fn step(rng: &mut ChaCha8Rng, shape: &Shape, lens: &[(usize, usize)]) -> Step {
+    let Shape { heads, kv_heads, dim, block_size, dtype } = *shape;
+    let needed: usize = lens.iter().map(|(past, new)| (past + new).div_ceil(block_size)).sum();
+    let num_blocks = needed + 3;
+    let mut blocks: Vec<u32> = (0..num_blocks as u32).collect();
+    blocks.shuffle(rng);
+    let num_slots = num_blocks * block_size;
+    let mut fast = KvLayer::new(num_slots, kv_heads, dim, dtype, &CPU).unwrap();
+    let mut plain = KvLayer::portable(num_slots, kv_heads, dim, dtype, &CPU).unwrap();
+    // Fill the whole cache, so that whatever lies behind a sequence's end is not zero.
+    let everything =
+        PagedMeta { slot_mapping: (0..num_slots as u32).collect(), block_size, ..PagedMeta::default() };
+    let (k, v) = (random(rng, &[num_slots, kv_heads, dim]), random(rng, &[num_slots, kv_heads, dim]));
+    ops::store_kv(&mut fast, &k, &v, &everything).unwrap();
+    ops::store_kv(&mut plain, &k, &v, &everything).unwrap();
+    let mut meta =
+        PagedMeta { block_size, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
+    for &(past, new) in lens {
+        let count = (past + new).div_ceil(block_size);
+        meta.block_tables.extend(blocks.drain(..count));
+        meta.cu_blocks.push(meta.block_tables.len() as u32);
+        meta.positions.extend(past as u32..(past + new) as u32);
+        meta.cu_seqlens_q.push(meta.positions.len() as u32);
+        meta.seq_lens.push((past + new) as u32);
+    }
+    let q = random(rng, &[meta.num_tokens(), heads, dim]);
+    Step { meta, q, fast, plain }
+}
+
+const PARAMS: AttnParams = AttnParams { scale: 0.6, sliding_window: None, softcap: None };
+
+#[test]
+fn attention_equals_the_formula() {
+    let mut rng = rng(7);
+    let lens: &[&[(usize, usize)]] = &[
+        &[(0, 1)],
+        &[(15, 1)],
+        &[(0, 70)],
+        &[(63, 1), (64, 1), (65, 1)],
+        &[(100, 40), (0, 3), (7, 1), (0, 0), (130, 2)],
+    ];
+    for (heads, kv_heads, dim) in [(1, 1, 16), (9, 3, 64), (4, 4, 24), (4, 1, 128), (14, 2, 80), (2, 1, 5)] {
+        for block_size in [16, 32, 1, 3, 24] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                for window in [None, Some(1), Some(20), Some(70)] {
+                    let params =
+                        AttnParams { sliding_window: window, softcap: window.map(|_| 3.0), ..PARAMS };
+                    let lens = lens[rng.random_range(0..lens.len())];
+                    let step = step(&mut rng, &Shape { heads, kv_heads, dim, block_size, dtype }, lens);
+                    let found = ops::paged_attention(&step.q, &step.fast, &step.meta, &params).unwrap();
+                    let wanted = ops::paged_attention(&step.q, &step.plain, &step.meta, &params).unwrap();
+                    let error = error(&found, &wanted);
+                    assert!(
+                        error < 3e-6,
+                        "{heads}/{kv_heads} x {dim}, block {block_size}, {dtype:?}, {lens:?}: {error}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// The rows of `step` computed one token at a time, each as if it were the last of its sequence.
+fn one_by_one(step: &Step, params: &AttnParams) -> Vec<u32> {
+    let mut rows = Vec::new();
+    for seq in 0..step.meta.num_seqs() {
+        let table =
+            &step.meta.block_tables[step.meta.cu_blocks[seq] as usize..step.meta.cu_blocks[seq + 1] as usize];
+        for token in step.meta.cu_seqlens_q[seq]..step.meta.cu_seqlens_q[seq + 1] {
+            let position = step.meta.positions[token as usize];
+            let meta = PagedMeta {
+                positions: vec![position],
+                slot_mapping: Vec::new(),
+                cu_seqlens_q: vec![0, 1],
+                seq_lens: vec![position + 1],
+                block_tables: table.to_vec(),
+                cu_blocks: vec![0, table.len() as u32],
+                block_size: step.meta.block_size,
+            };
+            let q = step.q.narrow(0, token as usize, 1).unwrap();
+            rows.extend(bits(&ops::paged_attention(&q, &step.fast, &meta, params).unwrap()));
+        }
+    }
+    rows
+}
+
+#[test]
+fn attention_does_not_depend_on_batch_or_chunks() {
+    let mut rng = rng(8);
+    for (dtype, block_size) in [(DType::F32, 16), (DType::BF16, 16), (DType::F16, 32), (DType::BF16, 3)] {
+        for window in [None, Some(37)] {
+            let shape = Shape { heads: 6, kv_heads: 2, dim: 48, block_size, dtype };
+            let step = step(&mut rng, &shape, &[(0, 150), (90, 1), (61, 9), (200, 3)]);
+            let params = AttnParams { sliding_window: window, ..PARAMS };
+            let together = ops::paged_attention(&step.q, &step.fast, &step.meta, &params).unwrap();
+            assert_eq!(
+                bits(&together),
+                one_by_one(&step, &params),
+                "{dtype:?}, block {block_size}, {window:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_step_that_contradicts_itself_is_refused() {
+    let shape = Shape { heads: 2, kv_heads: 1, dim: 16, block_size: 16, dtype: DType::F32 };
+    let good = step(&mut rng(9), &shape, &[(20, 2), (0, 5)]);
+    let refused = |change: &dyn Fn(&mut PagedMeta)| {
+        let mut meta = good.meta.clone();
+        change(&mut meta);
+        ops::paged_attention(&good.q, &good.fast, &meta, &PARAMS).is_err()
+    };
+    assert!(!refused(&|_| {}));
+    assert!(refused(&|meta| meta.block_tables[0] = 99));
+    assert!(refused(&|meta| meta.seq_lens[0] = 40));
+    assert!(refused(&|meta| meta.seq_lens[1] = 4));
+    assert!(refused(&|meta| meta.cu_blocks[1] = 1));
+    assert!(refused(&|meta| meta.cu_seqlens_q[2] = 6));
+    assert!(refused(&|meta| meta.block_size = 0));
+    let mut layer = KvLayer::new(16, 1, 16, DType::F32, &CPU).unwrap();
+    let k = Tensor::zeros((1, 1, 16), DType::F32, &CPU).unwrap();
+    let at = |slot| PagedMeta { slot_mapping: vec![slot], block_size: 16, ..PagedMeta::default() };
+    assert!(ops::store_kv(&mut layer, &k, &k, &at(15)).is_ok());
+    assert!(ops::store_kv(&mut layer, &k, &k, &at(16)).is_err());
+}
+
+/// Runs all other tests of this file once for every lower instruction set that this processor has.
+#[test]
+fn every_instruction_set() {
+    if std::env::var_os("INGLE_ISA").is_some() {
+        return;
+    }
+    assert_eq!(isa(), Isa::available()[0]);
+    for lower in &Isa::available()[1..] {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .env("INGLE_ISA", lower.name())
+            .args(["--quiet", "--skip", "every_instruction_set"])
+            .status()
+            .unwrap();
+        assert!(status.success(), "the kernels fail on {}", lower.name());
+    }
+}

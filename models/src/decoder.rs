@@ -1,0 +1,296 @@
+//! The one decoder: every family is this forward pass under another [`DecoderConfig`].
+
+use candle_core::{DType, Device, Tensor};
+use ingle_kernels::{AttnParams, KvLayer, PagedMeta, RopeTables, Weight, ops};
+
+use crate::causal_lm::{CausalLm, ModelInfo};
+use crate::config::{DecoderConfig, QkNorm};
+use crate::error::Result;
+use crate::layout::{ExpertsSpec, LayerSpec, MlpSpec, ModelSpec};
+use crate::linear::Linear;
+use crate::loader::Loader;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
+use crate::rope::Rope;
+use crate::{Batch, KvCache};
+
+/// A loaded decoder.
+pub(crate) struct Decoder {
+    config: DecoderConfig,
+    embedding: Weight,
+    embedding_scale: f64,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// Shares the embedding's memory when they are tied.
+    head: Weight,
+    ropes: Vec<Rope>,
+    /// Of the activations.
+    dtype: DType,
+    kv_dtype: DType,
+    device: Device,
+    info: ModelInfo,
+}
+
+struct Layer {
+    attn_pre_norm: Option<Tensor>,
+    attention: Attention,
+    attn_post_norm: Option<Tensor>,
+    mlp_pre_norm: Option<Tensor>,
+    mlp: LayerMlp,
+    mlp_post_norm: Option<Tensor>,
+}
+
+enum LayerMlp {
+    Dense(Mlp),
+    Moe(Moe),
+}
+
+struct Attention {
+    /// q above k above v.
+    qkv: Linear,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    o: Linear,
+    /// Index into the decoder's rotations.
+    rope: Option<usize>,
+    params: AttnParams,
+}
+
+/// Types and place of a decoder.
+#[derive(Debug, Clone)]
+pub(crate) struct Placement {
+    /// Of the weights.
+    pub(crate) dtype: DType,
+    /// Of the activations.
+    pub(crate) activation_dtype: DType,
+    pub(crate) kv_dtype: DType,
+    pub(crate) device: Device,
+    /// Longest sequence that will be run.
+    pub(crate) max_len: usize,
+}
+
+impl Decoder {
+    /// Loads the tensors of `spec`, which has been checked. `info` is complete but for `weight_bytes`.
+    pub(crate) fn load(
+        config: DecoderConfig,
+        spec: &ModelSpec,
+        loader: &mut Loader<'_>,
+        placement: Placement,
+        mut info: ModelInfo,
+    ) -> Result<Self> {
+        let embedding = loader.matrix(&spec.embedding)?;
+        let layers = spec.layers.iter().enumerate();
+        let layers =
+            layers.map(|(idx, spec)| load_layer(&config, idx, spec, loader)).collect::<Result<_>>()?;
+        let norm = loader.norm(&spec.norm)?;
+        let head = match &spec.head {
+            Some(head) => loader.matrix(head)?,
+            None => embedding.clone(),
+        };
+        info.weight_bytes = loader.weight_bytes();
+        let embedding_scale = if config.round_embedding_scale {
+            rounded(config.embedding_scale, placement.dtype)
+        } else {
+            config.embedding_scale
+        };
+        Ok(Self {
+            ropes: config.ropes.iter().map(|rope| Rope::new(rope, placement.max_len)).collect(),
+            config,
+            embedding,
+            embedding_scale,
+            layers,
+            norm,
+            head,
+            dtype: placement.activation_dtype,
+            kv_dtype: placement.kv_dtype,
+            device: placement.device,
+            info,
+        })
+    }
+
+    fn logits(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
+        if batch.logit_rows.is_empty() {
+            return Ok(Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?);
+        }
+        // Every row wanted, in order: decoding, mostly. No copy then.
+        let hidden = if batch.logit_rows.len() == batch.input_ids.len() {
+            hidden.clone()
+        } else {
+            hidden.index_select(&Tensor::new(batch.logit_rows.as_slice(), &self.device)?, 0)?
+        };
+        let hidden = ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?;
+        let mut logits = ops::linear(&hidden, &self.head, None)?.to_dtype(DType::F32)?; // [R, vocab]
+        if self.config.logits_divisor != 1.0 {
+            logits = (logits / self.config.logits_divisor)?;
+        }
+        if let Some(cap) = self.config.logits_softcap {
+            logits = ((logits / cap)?.tanh()? * cap)?;
+        }
+        Ok(logits)
+    }
+}
+
+impl CausalLm for Decoder {
+    fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+        batch.check(self.config.layers.len(), cache)?;
+        let meta = &batch.meta;
+        let tables = self.ropes.iter().map(|rope| rope.tables(&meta.positions, &self.device));
+        let tables = tables.collect::<Result<Vec<_>>>()?;
+
+        let mut hidden = ops::embedding(&batch.input_ids, &self.embedding, self.dtype)?; // [T, hidden]
+        hidden = scaled(hidden, self.embedding_scale)?;
+        for (idx, layer) in self.layers.iter().enumerate() {
+            let x = normed(&hidden, layer.attn_pre_norm.as_ref(), &self.config)?;
+            let x = layer.attention.forward(&x, cache.layer_mut(idx), &tables, meta, &self.config)?;
+            let x = normed(&x, layer.attn_post_norm.as_ref(), &self.config)?;
+            hidden = (hidden + scaled(x, self.config.residual_scale)?)?;
+
+            let x = normed(&hidden, layer.mlp_pre_norm.as_ref(), &self.config)?;
+            let x = match &layer.mlp {
+                LayerMlp::Dense(mlp) => mlp.forward(&x)?,
+                LayerMlp::Moe(moe) => moe.forward(&x)?,
+            };
+            let x = normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?;
+            hidden = (hidden + scaled(x, self.config.residual_scale)?)?;
+        }
+        self.logits(&hidden, batch)
+    }
+
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn new_cache(&self, num_blocks: usize, block_size: usize) -> Result<KvCache> {
+        KvCache::new(
+            self.config.layers.len(),
+            self.config.num_kv_heads,
+            self.config.head_dim,
+            (num_blocks, block_size),
+            self.kv_dtype,
+            &self.device,
+        )
+    }
+}
+
+impl Attention {
+    fn forward(
+        &self,
+        x: &Tensor,
+        cache: &mut KvLayer,
+        tables: &[RopeTables],
+        meta: &PagedMeta,
+        config: &DecoderConfig,
+    ) -> Result<Tensor> {
+        let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
+        let tokens = meta.num_tokens();
+        let qkv = self.qkv.forward(x)?; // [T, (H + 2 KVH) * D]
+        let qkv = qkv.reshape((tokens, heads + 2 * kv_heads, config.head_dim))?;
+        // Views: a token's heads lie side by side in its row.
+        let mut q = qkv.narrow(1, 0, heads)?; // [T, H, D]
+        let mut k = qkv.narrow(1, heads, kv_heads)?; // [T, KVH, D]
+        let v = qkv.narrow(1, heads + kv_heads, kv_heads)?; // [T, KVH, D]
+
+        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
+            q = norm_heads(&q, q_norm, config)?;
+            k = norm_heads(&k, k_norm, config)?;
+        }
+        if let Some(rope) = self.rope {
+            q = ops::rope(&q, &tables[rope])?;
+            k = ops::rope(&k, &tables[rope])?;
+        }
+        ops::store_kv(cache, &k, &v, meta)?;
+        let out = ops::paged_attention(&q, cache, meta, &self.params)?; // [T, H, D]
+        self.o.forward(&out.reshape((tokens, heads * config.head_dim))?)
+    }
+}
+
+/// Norm of queries or keys `[T, heads, head_dim]`.
+fn norm_heads(x: &Tensor, weight: &Tensor, config: &DecoderConfig) -> Result<Tensor> {
+    let shape = x.dims3()?;
+    let rows = match config.qk_norm {
+        QkNorm::FullWidth => x.reshape((shape.0, shape.1 * shape.2))?,
+        QkNorm::PerHead | QkNorm::None => x.reshape((shape.0 * shape.1, shape.2))?,
+    };
+    Ok(ops::rms_norm(&rows, weight, config.rms_norm_eps)?.reshape(shape)?)
+}
+
+fn normed(x: &Tensor, weight: Option<&Tensor>, config: &DecoderConfig) -> Result<Tensor> {
+    match weight {
+        Some(weight) => Ok(ops::rms_norm(x, weight, config.rms_norm_eps)?),
+        None => Ok(x.clone()),
+    }
+}
+
+fn scaled(x: Tensor, scale: f64) -> Result<Tensor> {
+    if scale == 1.0 { Ok(x) } else { Ok((x * scale)?) }
+}
+
+/// `x` as the nearest number of `dtype`.
+fn rounded(x: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => half::bf16::from_f64(x).to_f64(),
+        DType::F16 => half::f16::from_f64(x).to_f64(),
+        _ => f64::from(x as f32),
+    }
+}
+
+fn load_layer(
+    config: &DecoderConfig,
+    idx: usize,
+    spec: &LayerSpec,
+    loader: &mut Loader<'_>,
+) -> Result<Layer> {
+    let layer = config.layers[idx];
+    Ok(Layer {
+        attn_pre_norm: loader.opt_norm(spec.attn_pre_norm.as_ref())?,
+        attention: Attention {
+            qkv: loader.linear(&spec.qkv)?,
+            q_norm: loader.opt_norm(spec.q_norm.as_ref())?,
+            k_norm: loader.opt_norm(spec.k_norm.as_ref())?,
+            o: loader.linear(&spec.o)?,
+            rope: layer.rope,
+            params: AttnParams {
+                scale: config.attention_scale as f32,
+                sliding_window: layer.sliding_window,
+                softcap: config.attention_softcap.map(|cap| cap as f32),
+            },
+        },
+        attn_post_norm: loader.opt_norm(spec.attn_post_norm.as_ref())?,
+        mlp_pre_norm: loader.opt_norm(spec.mlp_pre_norm.as_ref())?,
+        mlp: load_mlp(config, &spec.mlp, loader)?,
+        mlp_post_norm: loader.opt_norm(spec.mlp_post_norm.as_ref())?,
+    })
+}
+
+fn load_mlp(config: &DecoderConfig, spec: &MlpSpec, loader: &mut Loader<'_>) -> Result<LayerMlp> {
+    let activation = config.activation;
+    let (router, experts) = match (spec, config.moe) {
+        (MlpSpec::Dense { gate_up, down }, _) => {
+            let (gate_up, down) = (loader.linear(gate_up)?, loader.linear(down)?);
+            return Ok(LayerMlp::Dense(Mlp { gate_up, down, activation }));
+        }
+        (MlpSpec::Moe { router, experts }, Some(moe)) => ((router, moe), experts),
+        (MlpSpec::Moe { .. }, None) => unreachable!("a layout has experts only where the config has"),
+    };
+    let (router, config) = (loader.linear(router.0)?, router.1);
+    let experts = match experts {
+        ExpertsSpec::Separate(experts) => experts
+            .iter()
+            .map(|(gate_up, down)| {
+                let (gate_up, down) = (loader.linear(gate_up)?, loader.linear(down)?);
+                Ok(Mlp { gate_up, down, activation })
+            })
+            .collect::<Result<_>>()?,
+        ExpertsSpec::Fused { gate_up, down } => {
+            let (gate_up, down) = (loader.tensor(gate_up)?, loader.tensor(down)?); // [experts, rows, cols]
+            (0..config.num_experts)
+                .map(|idx| {
+                    let gate_up = Linear { weight: loader.stack(&[gate_up.get(idx)?])?, bias: None };
+                    let down = Linear { weight: loader.stack(&[down.get(idx)?])?, bias: None };
+                    Ok(Mlp { gate_up, down, activation })
+                })
+                .collect::<Result<_>>()?
+        }
+    };
+    Ok(LayerMlp::Moe(Moe { router, experts, config }))
+}

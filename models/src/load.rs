@@ -1,0 +1,266 @@
+//! From a folder or GGUF file to a model.
+//!
+//! 1. Read config.json onto a validated [`DecoderConfig`].
+//! 2. Open the tensors: every header is checked against its file.
+//! 3. Check every tensor that the config wants, and the memory they need.
+//! 4. Load them, one by one.
+
+use std::path::Path;
+
+use candle_core::DType;
+use serde_json::{Map, Value};
+
+use crate::causal_lm::{CausalLm, LoadOptions, ModelInfo};
+use crate::config::DecoderConfig;
+use crate::decoder::{Decoder, Placement};
+use crate::error::{Result, invalid};
+use crate::gguf;
+use crate::json::{ConfigJson, read_object};
+use crate::layout::ModelSpec;
+use crate::loader::Loader;
+use crate::registry::decoder_config;
+use crate::source::TensorSource;
+use crate::weights::FolderSource;
+
+/// Loads the model in folder (or GGUF file) `path`.
+///
+/// Every file is checked against its header, and every tensor against the config, before the first large allocation.
+///
+/// # Errors
+/// Names the file and what is wrong with it; [`crate::Error::UnknownArchitecture`] lists the known ones.
+pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        load_gguf(path, options)
+    } else {
+        load_folder(path, options)
+    }
+}
+
+fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+    let model = gguf::open(path)?;
+    let object = |value| match value {
+        Value::Object(object) => object,
+        _ => Map::new(),
+    };
+    let (config, generation) = (object(model.config), object(model.generation_config));
+    load_parts((path, &config), (path, &generation), || Ok(model.source), options)
+}
+
+fn load_folder(folder: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+    let config_path = folder.join("config.json");
+    let config = read_object(&config_path)?;
+    let generation_path = folder.join("generation_config.json");
+    let generation = if generation_path.is_file() { read_object(&generation_path)? } else { Map::new() };
+    let open = || FolderSource::open(folder);
+    load_parts((&config_path, &config), (&generation_path, &generation), open, options)
+}
+
+/// Loads a model from its config.json and generation_config.json, each with the path that messages name, and the
+/// tensors that `open` gives once the config has been found good.
+fn load_parts<S: TensorSource>(
+    config: (&Path, &Map<String, Value>),
+    generation: (&Path, &Map<String, Value>),
+    open: impl FnOnce() -> Result<S>,
+    options: &LoadOptions,
+) -> Result<Box<dyn CausalLm>> {
+    let (json, generation) =
+        (ConfigJson::new(config.0, config.1), ConfigJson::new(generation.0, generation.1));
+    let config = decoder_config(&json)?;
+    let source = open()?;
+    let source: &dyn TensorSource = &source;
+    let spec = ModelSpec::new(&config, source);
+    let num_parameters = spec.check(source)?;
+    let placement = placement(&config, &json, &spec, source, options)?;
+    check_memory(source, num_parameters, &placement, available_memory())?;
+
+    let info = ModelInfo {
+        architecture: config.architecture.clone(),
+        vocab_size: config.vocab_size,
+        max_position_embeddings: config.max_position_embeddings,
+        num_layers: config.layers.len(),
+        num_parameters,
+        eos_token_ids: eos_token_ids(&json, &generation)?,
+        bos_token_id: bos_token_id(&json, &generation)?,
+        dtype: placement.dtype,
+        weight_bytes: 0,
+        kv_bytes_per_token: kv_bytes_per_token(&config, placement.kv_dtype),
+    };
+    let device = placement.device.clone();
+    let mut loader = Loader::new(
+        source,
+        (placement.dtype, placement.activation_dtype),
+        &device,
+        config.unit_offset_norms,
+        options.progress.as_ref().map(|progress| &*progress.0),
+        (spec.tensors().len(), num_parameters),
+    );
+    Ok(Box::new(Decoder::load(config, &spec, &mut loader, placement, info)?))
+}
+
+fn placement(
+    config: &DecoderConfig,
+    json: &ConfigJson<'_>,
+    spec: &ModelSpec,
+    source: &dyn TensorSource,
+    options: &LoadOptions,
+) -> Result<Placement> {
+    let float = |dtype| matches!(dtype, DType::F32 | DType::BF16 | DType::F16);
+    if let Some(dtype) = options.dtype.into_iter().chain(options.kv_cache_dtype).find(|dtype| !float(*dtype))
+    {
+        return Err(invalid(
+            source.path(),
+            format!("cannot be held as {}; F32, BF16 and F16 can", dtype.as_str()),
+        ));
+    }
+    let dtype = match (options.dtype, source.dtype(&spec.embedding.name)?) {
+        (Some(dtype), _) | (None, Some(dtype)) => dtype,
+        (None, None) => configured_dtype(json)?,
+    };
+    let activation_dtype = if options.device.is_cpu() { DType::F32 } else { dtype };
+    Ok(Placement {
+        dtype,
+        activation_dtype,
+        kv_dtype: options.kv_cache_dtype.unwrap_or(activation_dtype),
+        device: options.device.clone(),
+        max_len: options.max_model_len.unwrap_or(config.max_position_embeddings),
+    })
+}
+
+/// `dtype`, which transformers 4 called `torch_dtype`.
+fn configured_dtype(json: &ConfigJson<'_>) -> Result<DType> {
+    let name = match json.string("dtype")? {
+        Some(name) => Some(name),
+        None => json.string("torch_dtype")?,
+    };
+    Ok(match name {
+        Some("bfloat16") => DType::BF16,
+        Some("float16") => DType::F16,
+        _ => DType::F32,
+    })
+}
+
+/// All ids that either file says end a text, each once.
+fn eos_token_ids(json: &ConfigJson<'_>, generation: &ConfigJson<'_>) -> Result<Vec<u32>> {
+    let mut ids = generation.token_ids("eos_token_id")?;
+    ids.extend(json.token_ids("eos_token_id")?);
+    let mut seen = std::collections::BTreeSet::new();
+    ids.retain(|id| seen.insert(*id));
+    Ok(ids)
+}
+
+fn bos_token_id(json: &ConfigJson<'_>, generation: &ConfigJson<'_>) -> Result<Option<u32>> {
+    let ids = generation.token_ids("bos_token_id")?;
+    Ok(ids.into_iter().chain(json.token_ids("bos_token_id")?).next())
+}
+
+/// Keys and values of all layers. The config's limits keep the product far from overflow.
+fn kv_bytes_per_token(config: &DecoderConfig, dtype: DType) -> usize {
+    2 * config.layers.len() * config.num_kv_heads * config.head_dim * dtype.size_in_bytes()
+}
+
+/// Refuses a model that the machine cannot hold. Only the CPU's memory is asked; a GPU says so itself when it is full.
+fn check_memory(
+    source: &dyn TensorSource,
+    num_parameters: usize,
+    placement: &Placement,
+    available: Option<u64>,
+) -> Result<()> {
+    let Some(available) = available.filter(|_| placement.device.is_cpu()) else { return Ok(()) };
+    let needed = num_parameters.saturating_mul(placement.dtype.size_in_bytes()) as u64;
+    if needed <= available {
+        return Ok(());
+    }
+    let dtype = placement.dtype.as_str();
+    Err(invalid(
+        source.path(),
+        format!("needs {needed} bytes for its weights as {dtype}; {available} bytes of memory are available"),
+    ))
+}
+
+/// Memory that can be had without swapping, where the system tells it: the machine's, or the control group's limit.
+fn available_memory() -> Option<u64> {
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| parse_meminfo(&text));
+    let group =
+        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    machine.into_iter().chain(group).min()
+}
+
+fn parse_meminfo(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::{DType, Device};
+
+    use super::{LoadOptions, Placement, check_memory, load_causal_lm, parse_meminfo};
+    use crate::convert::{ConvertDtype, ConvertOptions, convert};
+    use crate::gguf::writer::tiny;
+    use crate::weights::FolderSource;
+    use crate::{Batch, CausalLm};
+
+    #[test]
+    fn a_model_larger_than_memory_is_refused() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
+        let source = FolderSource::open(&folder).expect("the fixture");
+        let placement = Placement {
+            dtype: DType::BF16,
+            activation_dtype: DType::F32,
+            kv_dtype: DType::F32,
+            device: Device::Cpu,
+            max_len: 16,
+        };
+        let check = |available| check_memory(&source, 1000, &placement, available);
+        assert!(check(Some(2000)).is_ok() && check(None).is_ok());
+        let message = check(Some(1999)).expect_err("too large").to_string();
+        assert!(message.contains("needs 2000 bytes for its weights as bf16; 1999 bytes"), "{message}");
+    }
+
+    #[test]
+    fn available_memory_is_read() {
+        let text = "MemTotal:  100 kB\nMemFree: 10 kB\nMemAvailable:      64 kB\nBuffers: 1 kB\n";
+        assert_eq!(parse_meminfo(text), Some(65536));
+        assert_eq!(parse_meminfo("MemTotal: 100 kB\n"), None);
+        assert_eq!(parse_meminfo("MemAvailable: 18446744073709551615 kB"), None);
+    }
+
+    /// Logits of three tokens, alone in a cache.
+    fn logits(model: &dyn CausalLm) -> Vec<Vec<f32>> {
+        let mut batch = Batch { input_ids: vec![1, 3, 2], logit_rows: vec![0, 1, 2], ..Batch::default() };
+        batch.meta.positions = vec![0, 1, 2];
+        batch.meta.slot_mapping = vec![0, 1, 2];
+        batch.meta.cu_seqlens_q = vec![0, 3];
+        batch.meta.seq_lens = vec![3];
+        batch.meta.block_tables = vec![0];
+        batch.meta.cu_blocks = vec![0, 1];
+        batch.meta.block_size = 4;
+        let mut cache = model.new_cache(1, 4).expect("a cache");
+        model.forward(&batch, &mut cache).and_then(|t| Ok(t.to_vec2()?)).expect("logits")
+    }
+
+    #[test]
+    fn a_gguf_file_is_the_folder_it_converts_to() {
+        for architecture in ["llama", "qwen2", "qwen3"] {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let gguf = tiny(architecture).write_to(dir.path());
+            let folder = dir.path().join("converted");
+            let options = ConvertOptions { dtype: ConvertDtype::F32, ..ConvertOptions::default() };
+            convert(&gguf, &folder, options, &mut |_| {}).expect("converts");
+
+            let load = |path: &Path| {
+                let options = LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() };
+                load_causal_lm(path, &options).expect("loads")
+            };
+            let (from_file, from_folder) = (load(&gguf), load(&folder));
+            assert_eq!(from_file.info().eos_token_ids, from_folder.info().eos_token_ids);
+            assert_eq!(from_file.info().num_parameters, from_folder.info().num_parameters);
+            let rows = logits(&*from_file);
+            assert!(rows.iter().flatten().all(|x| x.is_finite()));
+            assert_ne!(rows[0], rows[2], "{architecture}");
+            assert_eq!(rows, logits(&*from_folder), "{architecture}");
+        }
+    }
+}

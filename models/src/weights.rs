@@ -1,0 +1,244 @@
+//! A checkpoint folder: `model.safetensors`, or shards named by `model.safetensors.index.json`.
+//!
+//! Opening reads and checks every header, so that a missing, truncated or contradictory file is found before the first
+//! large allocation. Tensors are read, not mapped: a file that shrinks afterwards is an error, not a signal that ends
+//! the process.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+
+use crate::error::{Error, Result, invalid};
+use crate::json::read_file;
+use crate::safetensors::{Entry, check_lengths, parse_header};
+use crate::source::TensorSource;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+const MAX_SHARDS: usize = 10_000;
+
+/// The tensors of a folder.
+#[derive(Debug)]
+pub(crate) struct FolderSource {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Located>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+    /// Where the data starts, after the header.
+    data_start: u64,
+}
+
+#[derive(Debug)]
+struct Located {
+    shard: usize,
+    entry: Entry,
+}
+
+impl FolderSource {
+    /// Opens all files of `folder` and checks their headers.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let root = link_root(folder)?;
+        let mut source = Self { path: folder.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() };
+        let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
+        if exists(&single)? {
+            let entries = source.add_shard(&single, &root)?;
+            for entry in entries {
+                source.tensors.insert(entry.name.clone(), Located { shard: 0, entry });
+            }
+        } else if exists(&index)? {
+            source.add_index(&index, &root)?;
+        } else {
+            return Err(invalid(folder, format!("holds neither {SINGLE} nor {INDEX}")));
+        }
+        Ok(source)
+    }
+
+    /// Opens the shards that `index` names and keeps the tensors it places in them.
+    fn add_index(&mut self, index: &Path, root: &Path) -> Result<()> {
+        let bytes = read_file(index, MAX_INDEX_BYTES)?;
+        let parsed: Index =
+            serde_json::from_slice(&bytes).map_err(|e| invalid(index, format!("is not valid: {e}")))?;
+        let mut by_file = BTreeMap::<String, Vec<String>>::new();
+        for (name, file) in parsed.weight_map.0 {
+            if !is_plain_name(&file) {
+                return Err(invalid(
+                    index,
+                    format!("weight_map places {name:?} in {file:?}, not a plain file name"),
+                ));
+            }
+            by_file.entry(file).or_default().push(name);
+        }
+        if by_file.len() > MAX_SHARDS {
+            return Err(invalid(
+                index,
+                format!("names {} files; at most {MAX_SHARDS} are accepted", by_file.len()),
+            ));
+        }
+        for (file, names) in by_file {
+            let path = self.path.join(&file);
+            if !exists(&path)? {
+                return Err(invalid(
+                    &path,
+                    format!("is missing; {INDEX} places {} tensors in it", names.len()),
+                ));
+            }
+            let shard = self.shards.len();
+            let entries = self.add_shard(&path, root)?;
+            let mut entries: BTreeMap<_, _> = entries.into_iter().map(|e| (e.name.clone(), e)).collect();
+            for name in names {
+                let Some(entry) = entries.remove(&name) else {
+                    return Err(invalid(&path, format!("has no tensor {name:?}, or {INDEX} names it twice")));
+                };
+                if self.tensors.insert(name, Located { shard, entry }).is_some() {
+                    return Err(invalid(index, "names a tensor twice"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_shard(&mut self, path: &Path, root: &Path) -> Result<Vec<Entry>> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let real = path.canonicalize().map_err(io)?;
+        if !real.starts_with(root) {
+            return Err(invalid(path, "is a link that leads out of the model's folder"));
+        }
+        let file = File::open(&real).map_err(io)?;
+        let file_len = file.metadata().map_err(io)?.len();
+        if file_len < 8 {
+            return Err(invalid(path, format!("has {file_len} bytes: not a safetensors file")));
+        }
+        let mut length = [0; 8];
+        file.read_exact_at(&mut length, 0).map_err(io)?;
+        let header_len = u64::from_le_bytes(length);
+        let data_len = check_lengths(header_len, file_len).map_err(|m| invalid(path, m))?;
+        // At most MAX_HEADER_BYTES, which check_lengths saw to.
+        let mut header = vec![0; header_len as usize];
+        file.read_exact_at(&mut header, 8).map_err(io)?;
+        let entries = parse_header(&header, data_len).map_err(|m| invalid(path, m))?;
+        self.shards.push(Shard { path: path.to_owned(), file, data_start: 8 + header_len });
+        Ok(entries)
+    }
+
+    fn located(&self, name: &str) -> Result<(&Shard, &Entry)> {
+        let located = self.tensors.get(name);
+        let located = located.ok_or_else(|| invalid(&self.path, format!("has no tensor {name:?}")))?;
+        Ok((&self.shards[located.shard], &located.entry))
+    }
+}
+
+impl TensorSource for FolderSource {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|located| located.entry.shape.as_slice())
+    }
+
+    fn file_of(&self, name: &str) -> &Path {
+        self.located(name).map_or(self.path.as_path(), |(shard, _)| shard.path.as_path())
+    }
+
+    fn dtype(&self, name: &str) -> Result<Option<DType>> {
+        let (shard, entry) = self.located(name)?;
+        match entry.dtype.as_str() {
+            "F32" => Ok(Some(DType::F32)),
+            "F16" => Ok(Some(DType::F16)),
+            "BF16" => Ok(Some(DType::BF16)),
+            other => Err(invalid(
+                &shard.path,
+                format!("tensor {name:?} is stored as {other}; F32, F16 and BF16 can be read"),
+            )),
+        }
+    }
+
+    fn load(&self, name: &str) -> Result<Tensor> {
+        let dtype = self.dtype(name)?;
+        let (shard, entry) = self.located(name)?;
+        let shape = entry.shape.as_slice();
+        let elements: usize = shape.iter().product();
+        Ok(match dtype {
+            Some(DType::BF16) => {
+                Tensor::from_vec(read::<bf16>(shard, entry, elements)?, shape, &Device::Cpu)?
+            }
+            Some(DType::F16) => Tensor::from_vec(read::<f16>(shard, entry, elements)?, shape, &Device::Cpu)?,
+            _ => Tensor::from_vec(read::<f32>(shard, entry, elements)?, shape, &Device::Cpu)?,
+        })
+    }
+}
+
+/// Reads the bytes of `entry` as elements; the file is little-endian, as are the machines we build for.
+fn read<T: bytemuck::Pod>(shard: &Shard, entry: &Entry, elements: usize) -> Result<Vec<T>> {
+    let mut values = vec![T::zeroed(); elements];
+    let offset = shard.data_start + entry.begin;
+    shard
+        .file
+        .read_exact_at(bytemuck::cast_slice_mut(&mut values), offset)
+        .map_err(|source| Error::Io { path: shard.path.clone(), source })?;
+    Ok(values)
+}
+
+/// The folder that links inside `folder` may lead to. A snapshot of the hub's cache (`REPO/snapshots/REVISION`) links
+/// to `REPO/blobs`; any other folder must hold its files itself.
+fn link_root(folder: &Path) -> Result<PathBuf> {
+    let real = folder.canonicalize().map_err(|source| Error::Io { path: folder.to_owned(), source })?;
+    let snapshots = real.parent().filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
+    Ok(snapshots.and_then(Path::parent).map(Path::to_owned).unwrap_or(real))
+}
+
+fn exists(path: &Path) -> Result<bool> {
+    path.try_exists().map_err(|source| Error::Io { path: path.to_owned(), source })
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    let one_normal = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
+    one_normal && !name.contains(['/', '\\', '\0']) && name.ends_with(".safetensors")
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: WeightMap,
+}
+
+/// Tensor name and file, in file order, so that a name given twice is seen.
+struct WeightMap(Vec<(String, String)>);
+
+impl<'de> Deserialize<'de> for WeightMap {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MapVisitor;
+        impl<'de> Visitor<'de> for MapVisitor {
+            type Value = WeightMap;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of file names")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WeightMap, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(WeightMap(pairs))
+            }
+        }
+        deserializer.deserialize_map(MapVisitor)
+    }
+}

@@ -1,0 +1,130 @@
+//! What loading tells and keeps: facts of a model, types, progress, and refusal of batches that contradict themselves.
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::DType;
+use common::{Driver, argmax, distance, fixture, load, prompts};
+use ingle_models::{Batch, Error, LoadOptions, Progress, load_causal_lm};
+
+#[test]
+fn facts_are_true() {
+    let model = load_causal_lm(&fixture("llama_tied"), &LoadOptions::default()).expect("a model");
+    let info = model.info();
+    assert_eq!(info.architecture, "LlamaForCausalLM");
+    assert_eq!((info.vocab_size, info.num_layers, info.max_position_embeddings), (320, 2, 256));
+    assert_eq!((info.eos_token_ids.as_slice(), info.bos_token_id), ([2, 5].as_slice(), Some(1)));
+    // Embedding, then per layer q, k, v, o, gate, up, down and two norms, then the last norm.
+    let layer = 48 * (48 + 24 + 24 + 48) + 3 * 48 * 80 + 2 * 48;
+    assert_eq!(info.num_parameters, 320 * 48 + 2 * layer + 48);
+    assert_eq!(info.dtype, DType::BF16);
+    // Matrices as bf16, the five norms as f32; the tied head takes nothing.
+    assert_eq!(info.weight_bytes, 2 * info.num_parameters + 2 * 5 * 48);
+    assert_eq!(info.kv_bytes_per_token, 2 * 2 * 2 * 12 * 4);
+}
+
+#[test]
+fn stored_types_are_kept_unless_told() {
+    let dtype = |name: &str, dtype| {
+        let options = LoadOptions { dtype, ..LoadOptions::default() };
+        load_causal_lm(&fixture(name), &options).expect("a model").info().dtype
+    };
+    assert_eq!(dtype("llama_f16_head_dim", None), DType::F16);
+    assert_eq!(dtype("llama_mha_bias", None), DType::F32);
+    assert_eq!(dtype("llama", Some(DType::F16)), DType::F16);
+    assert_eq!(dtype("llama", None), DType::BF16);
+}
+
+/// Matrices kept as bf16 are the very values that the f32 reference used, so the answers are the same.
+#[test]
+fn bf16_weights_give_the_reference_tokens() {
+    for name in ["llama", "qwen3", "mixtral", "smollm3"] {
+        let model = load_causal_lm(&fixture(name), &LoadOptions::default()).expect("a model");
+        for prompt in prompts(name) {
+            let mut driver = Driver::new(&*model, 16, prompt.input_ids.len() + 32);
+            let mut seq = driver.seq();
+            let mut row = driver.step(&mut [(&mut seq, &prompt.input_ids)], false).remove(0);
+            for want in &prompt.greedy {
+                assert_eq!(argmax(&row), *want, "{name}");
+                row = driver.step(&mut [(&mut seq, &[*want])], false).remove(0);
+            }
+        }
+    }
+}
+
+#[test]
+fn cached_keys_can_be_smaller() {
+    let options = LoadOptions { kv_cache_dtype: Some(DType::BF16), ..LoadOptions::default() };
+    let model = load_causal_lm(&fixture("llama"), &options).expect("a model");
+    assert_eq!(model.info().kv_bytes_per_token, 2 * 2 * 2 * 16 * 2);
+    for prompt in prompts("llama") {
+        let mut driver = Driver::new(&*model, 16, 96);
+        let mut seq = driver.seq();
+        let row = driver.step(&mut [(&mut seq, &prompt.input_ids)], false).remove(0);
+        let off = distance(&row, &prompt.last_logits);
+        // Eight bits of mantissa in keys and values: off, and not by much.
+        assert!(off > 1e-4 && off < 0.3, "{off}");
+    }
+}
+
+#[test]
+fn progress_reaches_the_end() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&seen);
+    let progress = Progress(Arc::new(move |progress| sink.lock().expect("one thread").push(progress)));
+    let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
+    let model = load_causal_lm(&fixture("mixtral_fused"), &options).expect("a model");
+    let seen = seen.lock().expect("one thread");
+    let last = seen.last().expect("some progress");
+    assert_eq!(seen.len(), last.num_tensors);
+    assert_eq!(last.tensors_loaded, last.num_tensors);
+    assert_eq!(
+        (last.parameters_loaded, last.num_parameters),
+        (model.info().num_parameters, model.info().num_parameters)
+    );
+}
+
+#[test]
+fn a_batch_that_contradicts_itself_is_refused() {
+    let model = load("llama", None);
+    let mut good = Batch { input_ids: vec![5, 6, 7], logit_rows: vec![1, 2], ..Batch::default() };
+    good.meta.positions = vec![0, 0, 1];
+    good.meta.slot_mapping = vec![4, 0, 1];
+    good.meta.cu_seqlens_q = vec![0, 1, 3];
+    good.meta.seq_lens = vec![1, 2];
+    good.meta.block_tables = vec![1, 0];
+    good.meta.cu_blocks = vec![0, 1, 2];
+    good.meta.block_size = 4;
+    let mut cache = model.new_cache(2, 4).expect("a cache");
+    assert_eq!(model.forward(&good, &mut cache).expect("logits").dims(), [2, 512]);
+
+    let no_logits = Batch { logit_rows: vec![], ..good.clone() };
+    assert_eq!(model.forward(&no_logits, &mut cache).expect("no logits").dims(), [0, 512]);
+
+    let faults: [fn(&mut Batch); 14] = [
+        |b| *b = Batch { input_ids: vec![], ..b.clone() },
+        |b| b.input_ids.push(1),
+        |b| b.meta.positions.truncate(2),
+        |b| b.meta.slot_mapping[0] = 8,
+        |b| b.meta.cu_seqlens_q = vec![0, 4, 3],
+        |b| b.meta.cu_seqlens_q = vec![1, 1, 3],
+        |b| b.meta.cu_seqlens_q = vec![0, 0, 3],
+        |b| b.meta.seq_lens[1] = 5,
+        |b| b.meta.seq_lens[1] = 1,
+        |b| b.meta.block_tables[0] = 2,
+        |b| b.meta.cu_blocks = vec![0, 1],
+        |b| b.meta.block_size = 0,
+        |b| b.logit_rows = vec![3],
+        |b| b.logit_rows = vec![2, 1],
+    ];
+    for (i, fault) in faults.iter().enumerate() {
+        let mut bad = good.clone();
+        fault(&mut bad);
+        let result = model.forward(&bad, &mut cache);
+        assert!(matches!(result, Err(Error::Batch(_))), "fault {i} passed");
+    }
+    let unknown = Batch { input_ids: vec![5, 6, 512], ..good };
+    assert!(matches!(model.forward(&unknown, &mut cache), Err(Error::Kernel(_))));
+    assert!(model.new_cache(usize::MAX, 2).is_err());
+}

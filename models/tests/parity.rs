@@ -1,0 +1,156 @@
+//! Every family against what transformers computed for its fixture, and every way to cut the same work into steps
+//! against every other. The latter agree to the bit: no kernel's sums depend on how many tokens share the call.
+
+mod common;
+
+use common::{Driver, Prompt, argmax, distance, fixture, load, logprob, prompts};
+use ingle_models::CausalLm;
+
+/// Logits, a row a token.
+type Rows = Vec<Vec<f32>>;
+
+/// Against transformers, whose sums run in another order.
+const REFERENCE_TOLERANCE: f32 = 1e-4;
+
+macro_rules! parity {
+    ($($name:ident $(($max_model_len:expr))?),+ $(,)?) => {
+        $(#[test]
+        fn $name() {
+            #[allow(unused_mut, unused_assignments)]
+            let mut max_model_len = None;
+            $(max_model_len = Some($max_model_len);)?
+            check(stringify!($name), max_model_len);
+        })+
+
+        #[test]
+        fn every_fixture_has_its_test() {
+            let mut names = vec![$(stringify!($name).to_owned()),+];
+            let mut folders: Vec<_> = std::fs::read_dir(fixture("")).expect("fixtures")
+                .map(|entry| entry.expect("an entry"))
+                .filter(|entry| entry.path().join("reference.json").exists())
+                .map(|entry| entry.file_name().into_string().expect("a plain name"))
+                .collect();
+            names.sort();
+            folders.sort();
+            assert_eq!(names, folders);
+        }
+    };
+}
+
+parity! {
+    gemma2,
+    gemma3,
+    gemma3_legacy,
+    granite,
+    llama,
+    llama_dynamic,
+    llama_f16_head_dim,
+    llama_linear,
+    llama_llama3,
+    llama_mha_bias,
+    llama_sharded,
+    llama_tied,
+    llama_yarn,
+    mistral,
+    mixtral,
+    mixtral_fused,
+    olmo2,
+    phi3,
+    phi3_longrope,
+    phi3_shortrope(32),
+    qwen2,
+    qwen2_sliding,
+    qwen3,
+    qwen3_moe,
+    qwen3_moe_fused,
+    smollm3,
+}
+
+fn check(name: &str, max_model_len: Option<usize>) {
+    let model = load(name, max_model_len);
+    let prompts = prompts(name);
+    assert!(prompts.len() >= 2);
+    let total: usize = prompts.iter().map(|p| p.input_ids.len() + p.greedy.len()).sum();
+    // Room for a partly filled block a sequence.
+    let slots = total + 16 * prompts.len();
+
+    let mut decoded = Vec::new();
+    for prompt in &prompts {
+        let (rows, decode_rows) = check_alone(name, &*model, prompt, slots);
+        check_chunks(name, &*model, prompt, &rows, slots);
+        decoded.push(decode_rows);
+    }
+    check_together(name, &*model, &prompts, &decoded, slots);
+}
+
+/// The whole prompt at once, then token by token, against the reference. Returns the logits of every prompt token, and
+/// those that each decoded token was chosen by.
+fn check_alone(name: &str, model: &dyn CausalLm, prompt: &Prompt, slots: usize) -> (Rows, Rows) {
+    let mut driver = Driver::new(model, 16, slots);
+    let mut seq = driver.seq();
+    let rows = driver.step(&mut [(&mut seq, &prompt.input_ids)], true);
+    let mut row = rows.last().expect("a row").clone();
+    let off = distance(&row, &prompt.last_logits);
+    assert!(off <= REFERENCE_TOLERANCE, "{name}: last logits are {off} off");
+    assert_eq!(prompt.logprobs.len(), prompt.input_ids.len() - 1);
+    for (i, want) in prompt.logprobs.iter().enumerate() {
+        let have = logprob(&rows[i], prompt.input_ids[i + 1]);
+        assert!((have - want).abs() <= REFERENCE_TOLERANCE, "{name}: logprob {i} is {have}, not {want}");
+    }
+    let (mut tokens, mut decode_rows) = (Vec::new(), Vec::new());
+    for _ in 0..prompt.greedy.len() {
+        let next = argmax(&row);
+        tokens.push(next);
+        decode_rows.push(row);
+        row = driver.step(&mut [(&mut seq, &[next])], false).remove(0);
+    }
+    assert_eq!(tokens, prompt.greedy, "{name}");
+    (rows, decode_rows)
+}
+
+/// The prompt in chunks of several sizes, and token by token, against `rows`.
+fn check_chunks(name: &str, model: &dyn CausalLm, prompt: &Prompt, rows: &[Vec<f32>], slots: usize) {
+    for (block_size, chunks) in [(3, [1, 7, 11].as_slice()), (1, &[1]), (16, &[5]), (3, &[16, 1])] {
+        let mut driver = Driver::new(model, block_size, slots);
+        let mut seq = driver.seq();
+        let mut rest = prompt.input_ids.as_slice();
+        let mut chunked = Vec::new();
+        for len in chunks.iter().cycle() {
+            let (chunk, tail) = rest.split_at((*len).min(rest.len()));
+            chunked.extend(driver.step(&mut [(&mut seq, chunk)], true));
+            rest = tail;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(chunked.len(), rows.len());
+        for (i, (have, want)) in chunked.iter().zip(rows).enumerate() {
+            let off = distance(have, want);
+            assert!(off == 0.0, "{name}: token {i} in chunks {chunks:?} is {off} off");
+        }
+    }
+}
+
+/// All prompts in one batch, the first joining late, then decoding together, against `alone`.
+fn check_together(name: &str, model: &dyn CausalLm, prompts: &[Prompt], alone: &[Rows], slots: usize) {
+    for block_size in [1, 3, 16] {
+        let mut driver = Driver::new(model, block_size, slots);
+        let mut seqs: Vec<_> = prompts.iter().map(|_| driver.seq()).collect();
+        let (head, tail) = seqs.split_at_mut(1);
+        let (first, others) = (&prompts[0].input_ids, &prompts[1..]);
+        let mut early: Vec<_> = tail.iter_mut().zip(others).map(|(s, p)| (s, &p.input_ids[..2])).collect();
+        driver.step(&mut early, false);
+        let mut parts = vec![(&mut head[0], first.as_slice())];
+        parts.extend(tail.iter_mut().zip(others).map(|(s, p)| (s, &p.input_ids[2..])));
+        let mut rows = driver.step(&mut parts, false);
+        for (step, _) in alone[0].iter().enumerate() {
+            for (seq, row) in rows.iter().enumerate() {
+                let off = distance(row, &alone[seq][step]);
+                assert!(off == 0.0, "{name}: sequence {seq}, step {step} is {off} off among others");
+            }
+            let next: Vec<_> = prompts.iter().map(|p| [p.greedy[step]]).collect();
+            let mut parts: Vec<_> = seqs.iter_mut().zip(&next).map(|(s, t)| (s, t.as_slice())).collect();
+            rows = driver.step(&mut parts, false);
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! The command line: flags, their environment variables, and the TOML file behind them.
+//!
+//! Every flag `--some-name` of a command is also the environment variable `INGLE_SOME_NAME` and the key `some-name` in
+//! the file given with `--config` (or `INGLE_CONFIG`), at the top level or in a table named after the command. A flag
+//! wins over the environment, the environment over the file, the file over the default.
+
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::parser::ValueSource;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+/// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
+#[derive(Debug, Parser)]
+#[command(name = "ingle", version, max_term_width = 110, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  ingle serve HuggingFaceTB/SmolLM2-135M-Instruct     serve a model of the hub on 127.0.0.1:8080
+  ingle serve ./my-model --served-model-name local,gpt-4
+  ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
+  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model over an OpenAI-style HTTP API.
+    Serve(Box<ServeArgs>),
+    /// Answer one prompt in the terminal.
+    Run(Box<RunArgs>),
+    /// Convert a GGUF file to a safetensors folder.
+    Convert(ConvertArgs),
+    /// List the models on this machine.
+    Models(ModelsArgs),
+}
+
+/// Which model, and how it is loaded; shared by all commands that run one.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Branch, tag or commit of a hub model.
+    #[arg(long, env = "INGLE_REVISION")]
+    pub revision: Option<String>,
+    /// Token for private hub models.
+    #[arg(long, env = "INGLE_HF_TOKEN", hide_env_values = true)]
+    pub hf_token: Option<String>,
+    /// Folder of downloaded hub models [default: the Hugging Face cache].
+    #[arg(long, env = "INGLE_DOWNLOAD_DIR")]
+    pub download_dir: Option<PathBuf>,
+    /// Never ask the hub; use what is on this machine.
+    #[arg(long, env = "INGLE_OFFLINE", num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub offline: bool,
+    /// Folder with the tokenizer, if not the model's own.
+    #[arg(long, env = "INGLE_TOKENIZER")]
+    pub tokenizer: Option<PathBuf>,
+    /// File with the chat template (Jinja), if not the model's own.
+    #[arg(long, env = "INGLE_CHAT_TEMPLATE")]
+    pub chat_template: Option<PathBuf>,
+    /// Type of the weights in memory; auto: as stored in the checkpoint.
+    #[arg(long, env = "INGLE_DTYPE", default_value = "auto")]
+    pub dtype: FloatType,
+    /// Type of cached keys and values; auto: that of the weights.
+    #[arg(long, env = "INGLE_KV_CACHE_DTYPE", default_value = "auto")]
+    pub kv_cache_dtype: FloatType,
+    /// Where to compute.
+    #[arg(long, env = "INGLE_DEVICE", default_value = "auto")]
+    pub device: DeviceName,
+    /// Threads that compute; 0: all processors this process may use.
+    #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
+    pub threads: usize,
+    /// Prompt plus answer of one request at most, in tokens [default: what the model and the cache allow].
+    #[arg(long, env = "INGLE_MAX_MODEL_LEN")]
+    pub max_model_len: Option<usize>,
+    /// Memory for cached keys and values, in MiB [default: a quarter of the free memory, 4096 at most].
+    #[arg(long, env = "INGLE_KV_CACHE_MEMORY")]
+    pub kv_cache_memory: Option<usize>,
+    /// Tokens per cache block.
+    #[arg(long, env = "INGLE_BLOCK_SIZE", default_value_t = 16)]
+    pub block_size: usize,
+    /// Sequences that run at once at most.
+    #[arg(long, env = "INGLE_MAX_NUM_SEQS", default_value_t = 64)]
+    pub max_num_seqs: usize,
+    /// Tokens of one step at most; longer prompts are computed in chunks.
+    #[arg(long, env = "INGLE_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
+    pub max_num_batched_tokens: usize,
+    /// Keep computed blocks for later prompts that begin the same way.
+    #[arg(long, env = "INGLE_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_value = "true", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub enable_prefix_caching: bool,
+    /// Split long prompts over steps, so that running answers go on meanwhile.
+    #[arg(long, env = "INGLE_ENABLE_CHUNKED_PREFILL", num_args = 0..=1, default_value = "true", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub enable_chunked_prefill: bool,
+    /// Seed of requests that bring none.
+    #[arg(long, env = "INGLE_SEED", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `ingle serve`
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// Folder, GGUF file or hub id [default: SmolLM2-135M-Instruct].
+    #[arg(env = "INGLE_MODEL")]
+    pub model: Option<String>,
+    /// How the model is loaded and run.
+    #[command(flatten)]
+    pub load: ModelArgs,
+    /// Address to listen on. Anything but a loopback address needs --api-key or is open to everybody who reaches it.
+    #[arg(long, env = "INGLE_HOST", default_value = "127.0.0.1", help_heading = "Serving")]
+    pub host: IpAddr,
+    /// Port to listen on; 0: any free one.
+    #[arg(long, env = "INGLE_PORT", default_value_t = 8080, help_heading = "Serving")]
+    pub port: u16,
+    /// Listen on this Unix socket instead.
+    #[arg(long, env = "INGLE_UDS", help_heading = "Serving")]
+    pub uds: Option<PathBuf>,
+    /// Key that clients must send as a bearer token; several: repeat or separate by commas.
+    #[arg(long, env = "INGLE_API_KEY", value_delimiter = ',', hide_env_values = true, help_heading = "Serving")]
+    pub api_key: Vec<String>,
+    /// Names the model answers to, separated by commas; the first is its own.
+    #[arg(long, env = "INGLE_SERVED_MODEL_NAME", value_delimiter = ',', help_heading = "Serving")]
+    pub served_model_name: Vec<String>,
+    /// Requests that may wait at most; more are answered 429.
+    #[arg(long, env = "INGLE_MAX_NUM_QUEUED_REQS", default_value_t = 256, help_heading = "Serving")]
+    pub max_num_queued_reqs: usize,
+    /// Answer tokens of a request that names no number, at most.
+    #[arg(long, env = "INGLE_DEFAULT_MAX_TOKENS", default_value_t = 4096, help_heading = "Serving")]
+    pub default_max_tokens: u32,
+    /// Choices (`n`) of one request at most.
+    #[arg(long, env = "INGLE_MAX_N", default_value_t = 16, help_heading = "Serving")]
+    pub max_n: usize,
+    /// Bytes of a request body at most.
+    #[arg(long, env = "INGLE_MAX_BODY_BYTES", default_value_t = 16 << 20, help_heading = "Serving")]
+    pub max_body_bytes: usize,
+    /// Seconds one request may take.
+    #[arg(long, env = "INGLE_REQUEST_TIMEOUT", default_value_t = 3600, help_heading = "Serving")]
+    pub request_timeout: u64,
+    /// Seconds that running requests get to finish after SIGTERM.
+    #[arg(long, env = "INGLE_DRAIN_TIMEOUT", default_value_t = 30, help_heading = "Serving")]
+    pub drain_timeout: u64,
+    /// Origins of web pages that may call the API (CORS), separated by commas; `*`: all.
+    #[arg(long, env = "INGLE_ALLOWED_ORIGINS", value_delimiter = ',', help_heading = "Serving")]
+    pub allowed_origins: Vec<String>,
+    /// Host names accepted besides the local ones when no key is set, separated by commas.
+    #[arg(long, env = "INGLE_ALLOWED_HOSTS", value_delimiter = ',', help_heading = "Serving")]
+    pub allowed_hosts: Vec<String>,
+    /// Ask for a key at /metrics too.
+    #[arg(long, env = "INGLE_PROTECT_METRICS", num_args = 0..=1, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set, help_heading = "Serving")]
+    pub protect_metrics: bool,
+    /// Form of the log.
+    #[arg(long, env = "INGLE_LOG_FORMAT", default_value = "human", help_heading = "Serving")]
+    pub log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, or a tracing filter.
+    #[arg(long, env = "INGLE_LOG", default_value = "info", help_heading = "Serving")]
+    pub log: String,
+    /// TOML file with any of these settings.
+    #[arg(long, env = "INGLE_CONFIG", help_heading = "Serving")]
+    pub config: Option<PathBuf>,
+}
+
+/// `ingle run`
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// Folder, GGUF file or hub id.
+    pub model: String,
+    /// What to ask; `-`: read it from standard input.
+    pub prompt: String,
+    /// How the model is loaded and run.
+    #[command(flatten)]
+    pub load: ModelArgs,
+    /// A system message before the prompt.
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Continue the prompt as it is, without a chat template.
+    #[arg(long)]
+    pub raw: bool,
+    /// Answer tokens at most.
+    #[arg(long, short = 'n', default_value_t = 512)]
+    pub max_tokens: u32,
+    /// 0: always the likeliest token.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Sample from the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// TOML file with any of these settings.
+    #[arg(long, env = "INGLE_CONFIG")]
+    pub config: Option<PathBuf>,
+}
+
+/// `ingle convert`
+#[derive(Debug, Clone, Args)]
+pub struct ConvertArgs {
+    /// The GGUF file.
+    pub gguf: PathBuf,
+    /// Folder to write.
+    pub out_dir: PathBuf,
+    /// Type of the written weights; auto: bf16. Quantised weights are exact only in f32.
+    #[arg(long, default_value = "auto")]
+    pub dtype: FloatType,
+    /// Replace files that exist.
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// `ingle models`
+#[derive(Debug, Clone, Args)]
+pub struct ModelsArgs {
+    /// Folder of downloaded hub models [default: the Hugging Face cache].
+    #[arg(long, env = "INGLE_DOWNLOAD_DIR")]
+    pub download_dir: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A floating-point type by the names that vLLM and PyTorch use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FloatType {
+    /// Decide from the checkpoint.
+    Auto,
+    /// 32 bits.
+    #[value(alias = "float32", alias = "float")]
+    F32,
+    /// 16 bits with the range of f32.
+    #[value(alias = "bfloat16")]
+    Bf16,
+    /// 16 bits, IEEE.
+    #[value(alias = "float16", alias = "half")]
+    F16,
+}
+
+/// A place to compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceName {
+    /// The first GPU this build can use, else the CPU.
+    Auto,
+    /// The processors.
+    Cpu,
+    /// The first NVIDIA GPU (needs a build with the feature `cuda`).
+    Cuda,
+    /// The Apple GPU (needs a build with the feature `metal`).
+    Metal,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// A line for people.
+    Human,
+    /// A JSON object a line.
+    Json,
+}
+
+/// Parses `args` (the program's name first) together with the environment and the config file.
+///
+/// # Errors
+/// As clap reports them; [`clap::Error::exit`] prints and ends with status 2 (0 for `--help`).
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    let matches = Cli::command().try_get_matches_from(&args)?;
+    if let Some((name, command)) = matches.subcommand()
+        && let Ok(Some(path)) = command.try_get_one::<PathBuf>("config")
+    {
+        args.extend(from_file(path, name, command)?);
+        return Cli::from_arg_matches(&Cli::command().try_get_matches_from(&args)?);
+    }
+    Cli::from_arg_matches(&matches)
+}
+
+/// The settings of the file at `path` for command `name` as flags, without those that the command line or the
+/// environment gave.
+fn from_file(path: &PathBuf, name: &str, matches: &clap::ArgMatches) -> Result<Vec<OsString>, clap::Error> {
+    let fail = |message: String| {
+        Cli::command().error(clap::error::ErrorKind::InvalidValue, format!("{}: {message}", path.display()))
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
+    let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| fail(error.to_string()))?;
+    let root = Cli::command();
+    let commands: Vec<&str> = root.get_subcommands().map(clap::Command::get_name).collect();
+    let own = table.get(name).and_then(toml::Value::as_table).cloned().unwrap_or_default();
+    table.retain(|key, value| !(value.is_table() && commands.iter().any(|name| key == *name)));
+    table.extend(own);
+    let command = root.find_subcommand(name).ok_or_else(|| fail(format!("no command {name}")))?;
+    let mut flags = Vec::new();
+    for (key, value) in table {
+        let known = command.get_arguments().find(|arg| {
+            arg.get_long() == Some(key.replace('_', "-").as_str()) || (arg.is_positional() && arg.get_id() == key.as_str())
+        });
+        let Some(arg) = known.filter(|arg| arg.get_id() != "config") else {
+            return Err(fail(format!("unknown setting {key:?}; `ingle {name} --help` lists the flags, which are the settings")));
+        };
+        let given = matches.value_source(arg.get_id().as_str());
+        if matches!(given, Some(ValueSource::CommandLine | ValueSource::EnvVariable)) {
+            continue;
+        }
+        let values = match value {
+            toml::Value::Array(values) => values,
+            value => vec![value],
+        };
+        for value in values {
+            let value = match value {
+                toml::Value::String(text) => text,
+                toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => value.to_string(),
+                _ => return Err(fail(format!("{key} is a table or a date, not a setting"))),
+            };
+            flags.push(match arg.get_long() {
+                Some(long) => format!("--{long}={value}").into(),
+                None => value.into(),
+            });
+        }
+    }
+    Ok(flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_with(file: &str, flags: &[&str]) -> Result<ServeArgs, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ingle.toml");
+        std::fs::write(&path, file).unwrap();
+        let mut args: Vec<OsString> = vec!["ingle".into(), "serve".into(), "--config".into(), path.into()];
+        args.extend(flags.iter().map(OsString::from));
+        match parse(args).map_err(|error| error.to_string())?.command {
+            Command::Serve(serve) => Ok(*serve),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_file_stands_behind_the_flags() {
+        let file = "port = 9\nmodel = \"m\"\nthreads = 3\nenable_prefix_caching = false\n[serve]\nserved-model-name = [\"a\", \"b\"]\n[run]\nthreads = 9\n";
+        let serve = parse_with(file, &["--threads", "2"]).unwrap();
+        assert_eq!((serve.port, serve.load.threads), (9, 2));
+        assert_eq!(serve.model.as_deref(), Some("m"));
+        assert_eq!(serve.served_model_name, ["a", "b"]);
+        assert!(!serve.load.enable_prefix_caching);
+    }
+
+    #[test]
+    fn a_wrong_file_is_refused_by_name() {
+        assert!(parse_with("prot = 9\n", &[]).unwrap_err().contains("unknown setting \"prot\""));
+        assert!(parse_with("port = \"x\"\n", &[]).unwrap_err().contains("--port"));
+        assert!(parse_with("port = \n", &[]).unwrap_err().contains("ingle.toml"));
+        assert!(parse_with("port = { a = 1 }\n", &[]).unwrap_err().contains("port"));
+    }
+
+    #[test]
+    fn every_flag_of_serve_has_its_variable() {
+        let command = Cli::command();
+        let serve = command.find_subcommand("serve").unwrap();
+        for arg in serve.get_arguments().filter(|arg| arg.get_long().is_some_and(|long| long != "help")) {
+            let long = arg.get_long().unwrap();
+            let wanted = format!("INGLE_{}", long.to_uppercase().replace('-', "_"));
+            let env = arg.get_env().map(|env| env.to_string_lossy().into_owned());
+            assert_eq!(env.as_deref(), Some(wanted.as_str()), "--{long}");
+        }
+    }
+}

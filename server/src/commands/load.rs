@@ -1,0 +1,283 @@
+//! From a name on the command line to a running engine, with progress bars and a report.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use ingle_engine::{
+    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, Limits, LoadOptions, ModelInfo,
+    ModelRunner, Progress,
+};
+
+use crate::cli::{DeviceName, FloatType, ModelArgs};
+use crate::hub;
+use crate::state::TextModel;
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// The model that `ingle serve` serves when none is named.
+pub const DEFAULT_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+
+/// Memory for the cache when none is named, at most, in MiB.
+const DEFAULT_CACHE_MIB: usize = 4096;
+
+/// A model ready to answer.
+pub struct Loaded {
+    /// Text to tokens and back.
+    pub text: Arc<TextModel>,
+    /// The engine's thread.
+    pub engine: EngineHandle,
+    /// What was asked for, fit to be shown to clients: a hub id or the last part of a path.
+    pub root: String,
+    /// What happened, a line each.
+    pub report: Vec<String>,
+}
+
+/// Sizes of the engine that are not the model's.
+pub struct EngineSizes {
+    /// See [`EngineConfig::max_num_queued_reqs`].
+    pub max_num_queued_reqs: usize,
+    /// See [`Limits::max_n`].
+    pub max_n: usize,
+}
+
+/// Finds, reads and starts the model `name`.
+///
+/// # Errors
+/// One sentence that names the file or flag at fault.
+pub fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result<Loaded> {
+    let mut phases = Phases::default();
+    let path = phases.time("found", || find(name, args))?;
+    let text = phases.time("tokenizer", || load_text(&path, args))?;
+
+    ingle_engine::set_num_threads(args.threads);
+    let device = device(args.device)?;
+    let dtype = float_type(args.dtype);
+    let bar = progress_bar("Loading weights", "tensors");
+    let shown = bar.clone();
+    let options = LoadOptions {
+        dtype,
+        kv_cache_dtype: float_type(args.kv_cache_dtype),
+        device: device.clone(),
+        max_model_len: args.max_model_len,
+        progress: Some(Progress(Arc::new(move |progress| {
+            shown.set_length(progress.num_tensors as u64);
+            shown.set_position(progress.tensors_loaded as u64);
+        }))),
+    };
+    let cache = CacheOptions {
+        block_size: args.block_size,
+        budget: KvBudget::Bytes(cache_bytes(args)?),
+        max_model_len: args.max_model_len,
+        max_num_seqs: args.max_num_seqs,
+        vocab_size: Some(text.tokenizer.vocab_size()),
+    };
+    let runner = phases.time("weights", || ModelRunner::load(&path, &options, &cache))?;
+    bar.finish_and_clear();
+
+    let info = runner.info().clone();
+    if let Some(wanted) = args.max_model_len.filter(|wanted| *wanted > runner.max_model_len()) {
+        tracing::warn!("--max-model-len {wanted} is cut to {}, which is what model and cache allow", runner.max_model_len());
+    }
+    let report = report(&path, &info, &runner, &device, &text);
+    let config = runner.engine_config(EngineConfig {
+        max_num_batched_tokens: args.max_num_batched_tokens,
+        max_num_queued_reqs: sizes.max_num_queued_reqs,
+        enable_prefix_caching: args.enable_prefix_caching,
+        enable_chunked_prefill: args.enable_chunked_prefill,
+        seed: args.seed,
+        ..EngineConfig::default()
+    });
+    let limits = Limits {
+        vocab_size: runner.vocab_size(),
+        max_model_len: runner.max_model_len(),
+        max_n: sizes.max_n,
+        max_logprobs: 20,
+        max_token_list: 1024,
+    };
+    let mut eos = info.eos_token_ids.clone();
+    eos.extend(text.tokenizer.eos_token_id().filter(|id| !eos.contains(id)));
+    let mut runner = runner;
+    phases.time("warm-up", || runner.warm_up(config.max_num_batched_tokens)).context("the warm-up step failed")?;
+    let engine = Engine::spawn(config, limits, &eos, runner).context("the engine's thread could not be started")?;
+
+    let mut report = report;
+    report.push(phases.line());
+    Ok(Loaded { text, engine, root: root(name), report })
+}
+
+/// The folder or file of model `name`.
+fn find(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
+    if name == DEFAULT_MODEL
+        && let Some(path) = demo_model()
+    {
+        return Ok(path);
+    }
+    let options = hub::HubOptions {
+        revision: args.revision.clone(),
+        token: args.hf_token.clone(),
+        cache_dir: args.download_dir.clone(),
+        offline: args.offline,
+        ..hub::HubOptions::default()
+    };
+    // A runtime of its own: this runs on a thread that may block.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let found = runtime.block_on(hub::resolve(name, &options, std::io::stderr().is_terminal()));
+    found.map_err(|error| match name {
+        DEFAULT_MODEL => {
+            anyhow::anyhow!("the default model cannot be had ({error}); `scripts/demo` gets it without the hub")
+        }
+        _ => error.into(),
+    })
+}
+
+/// Where Ingle keeps models that did not come from the hub: `$INGLE_HOME/models`.
+pub fn local_models() -> Option<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = var("INGLE_HOME").or_else(|| {
+        let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
+        cache.map(|cache| cache.join("ingle"))
+    });
+    home.map(|home| home.join("models"))
+}
+
+/// The default model as `scripts/demo` leaves it.
+fn demo_model() -> Option<PathBuf> {
+    let name = DEFAULT_MODEL.rsplit('/').next()?;
+    local_models().map(|models| models.join(name)).filter(|path| path.join("config.json").is_file())
+}
+
+fn load_text(path: &Path, args: &ModelArgs) -> anyhow::Result<Arc<TextModel>> {
+    let is_file = path.is_file();
+    let tokenizer = match (&args.tokenizer, is_file) {
+        (Some(folder), _) => Tokenizer::load(folder)?,
+        (None, true) => {
+            let files = ingle_engine::gguf_text_files(path)?;
+            Tokenizer::from_values(files.tokenizer, files.tokenizer_config)?
+        }
+        (None, false) => Tokenizer::load(path)?,
+    };
+    let folder = args.tokenizer.as_deref().unwrap_or(path);
+    let template = ChatTemplate::load(folder, args.chat_template.as_deref(), &tokenizer)?;
+    Ok(Arc::new(TextModel { tokenizer: Arc::new(tokenizer), template: template.map(Arc::new) }))
+}
+
+fn device(name: DeviceName) -> anyhow::Result<Device> {
+    match name {
+        DeviceName::Cpu => Ok(Device::Cpu),
+        DeviceName::Auto if !cfg!(any(feature = "cuda", feature = "metal")) => Ok(Device::Cpu),
+        DeviceName::Auto => Ok(gpu().unwrap_or(Device::Cpu)),
+        DeviceName::Cuda if !cfg!(feature = "cuda") => {
+            bail!("this build has no CUDA support; build with `--features cuda`, or use --device cpu")
+        }
+        DeviceName::Metal if !cfg!(feature = "metal") => {
+            bail!("this build has no Metal support; build with `--features metal`, or use --device cpu")
+        }
+        DeviceName::Cuda | DeviceName::Metal => gpu().context("no GPU can be used; --device cpu always works"),
+    }
+}
+
+fn gpu() -> anyhow::Result<Device> {
+    // One stream for all threads: candle's default gives each thread its own, and they would race.
+    Ok(if cfg!(feature = "cuda") { Device::new_cuda_with_stream(0)? } else { Device::new_metal(0)? })
+}
+
+fn float_type(name: FloatType) -> Option<DType> {
+    match name {
+        FloatType::Auto => None,
+        FloatType::F32 => Some(DType::F32),
+        FloatType::Bf16 => Some(DType::BF16),
+        FloatType::F16 => Some(DType::F16),
+    }
+}
+
+/// Bytes for cached keys and values.
+fn cache_bytes(args: &ModelArgs) -> anyhow::Result<usize> {
+    let mib = match args.kv_cache_memory {
+        Some(mib) => mib,
+        None => available_memory_mib().map_or(DEFAULT_CACHE_MIB / 4, |free| (free / 4).min(DEFAULT_CACHE_MIB)),
+    };
+    mib.checked_mul(1 << 20).with_context(|| format!("--kv-cache-memory {mib} is too large"))
+}
+
+/// Memory that can be had without swapping, within the limits of the control group.
+fn available_memory_mib() -> Option<usize> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: usize = line.trim().trim_end_matches(" kB").parse().ok()?;
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    let group = number("/sys/fs/cgroup/memory.max")
+        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)) >> 20);
+    Some((kib >> 10).min(group.unwrap_or(usize::MAX)))
+}
+
+fn report(path: &Path, info: &ModelInfo, runner: &ModelRunner, device: &Device, text: &TextModel) -> Vec<String> {
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    let place = match device {
+        Device::Cpu => format!("cpu, {}, {} threads", ingle_engine::isa().name(), ingle_engine::num_threads()),
+        Device::Cuda(_) => "cuda".to_owned(),
+        Device::Metal(_) => "metal".to_owned(),
+    };
+    vec![
+        format!("model      {} from {}", info.architecture, path.display()),
+        format!(
+            "weights    {:.1} M parameters, {} {:.0} MiB, on {place}",
+            info.num_parameters as f64 / 1e6,
+            info.dtype.as_str(),
+            mib(info.weight_bytes),
+        ),
+        format!(
+            "kv cache   {} blocks of {} tokens, {:.0} MiB; context {} tokens",
+            runner.num_blocks(),
+            runner.cache_bytes() / runner.num_blocks().max(1) / info.kv_bytes_per_token.max(1),
+            mib(runner.cache_bytes()),
+            runner.max_model_len(),
+        ),
+        match &text.template {
+            Some(_) => format!("tokenizer  {} tokens, with a chat template", text.tokenizer.vocab_size()),
+            None => format!("tokenizer  {} tokens; no chat template, so no chat (see --chat-template)", text.tokenizer.vocab_size()),
+        },
+    ]
+}
+
+/// What a client may see of `name`: the id, or the last part of a path.
+fn root(name: &str) -> String {
+    let path = Path::new(name);
+    if !path.exists() {
+        return name.to_owned();
+    }
+    let absolute = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let last = if absolute.is_file() { absolute.file_stem() } else { absolute.file_name() };
+    last.map_or_else(|| "model".to_owned(), |last| last.to_string_lossy().into_owned())
+}
+
+/// A bar on the terminal; nothing where there is none.
+pub fn progress_bar(message: &'static str, unit: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(&format!("{{msg}} [{{bar:40}}] {{pos}}/{{len}} {unit}"));
+    let bar = ProgressBar::new(0).with_message(message);
+    match style {
+        Ok(style) => bar.with_style(style.progress_chars("=> ")),
+        Err(_) => bar,
+    }
+}
+
+/// How long the parts of the start took.
+#[derive(Default)]
+struct Phases(Vec<(&'static str, Duration)>);
+
+impl Phases {
+    fn time<T>(&mut self, name: &'static str, work: impl FnOnce() -> T) -> T {
+        let begin = Instant::now();
+        let result = work();
+        self.0.push((name, begin.elapsed()));
+        result
+    }
+
+    fn line(&self) -> String {
+        let total: Duration = self.0.iter().map(|(_, time)| *time).sum();
+        let parts: Vec<String> = self.0.iter().map(|(name, time)| format!("{name} {:.0} ms", time.as_secs_f64() * 1e3)).collect();
+        format!("start      {:.0} ms: {}", total.as_secs_f64() * 1e3, parts.join(", "))
+    }
+}
