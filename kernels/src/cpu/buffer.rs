@@ -95,8 +95,8 @@ impl<T> Drop for AlignedBuf<T> {
             // SAFETY: allocated with this layout in `zeroed`.
             Memory::Heap(layout) => unsafe { dealloc(self.ptr.cast(), layout) },
             #[cfg(unix)]
-            // SAFETY: the mapping made in `mapped`, whole.
             Memory::Mapped(start, room) => {
+                // SAFETY: the mapping made in `mapped`, whole.
                 unsafe { libc::munmap(start, room) };
             }
         }

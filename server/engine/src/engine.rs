@@ -21,8 +21,11 @@ use crate::handle::{
 };
 use crate::plan::{RequestId, StepPlan};
 use crate::request::{EngineError, FinishReason, TokenEvent};
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Scheduler, SchedulerEvent};
 use crate::stats::EngineStats;
+
+/// With paused readers the thread looks at the clock at least this often.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// Starts engines.
 #[derive(Debug)]
@@ -67,6 +70,7 @@ impl Engine {
             requests: BTreeMap::new(),
             paused: BTreeSet::new(),
             last_plan: BTreeMap::new(),
+            readers_checked: Instant::now(),
             stats: EngineStats::default(),
         };
         let handle = std::thread::Builder::new().name("ingle-engine".into()).spawn(move || thread.main())?;
@@ -97,7 +101,16 @@ struct Thread<B> {
     paused: BTreeSet<RequestId>,
     /// Tokens of each request in the step before.
     last_plan: BTreeMap<RequestId, u64>,
+    readers_checked: Instant,
     stats: EngineStats,
+}
+
+/// An event on its way.
+struct Outgoing {
+    request: RequestId,
+    event: TokenEvent,
+    /// It is the last.
+    ended: bool,
 }
 
 /// Whether the thread goes on.
@@ -145,10 +158,15 @@ impl<B: Backend> Thread<B> {
             inbox.busy = self.scheduler.has_runnable();
             inbox = match self.next_deadline() {
                 None => shared.wake.wait(inbox).unwrap_or_else(std::sync::PoisonError::into_inner),
-                Some(wait) if wait.is_zero() => break,
                 Some(wait) => {
                     let outcome = shared.wake.wait_timeout(inbox, wait);
-                    outcome.unwrap_or_else(std::sync::PoisonError::into_inner).0
+                    let (inbox, timeout) = outcome.unwrap_or_else(std::sync::PoisonError::into_inner);
+                    if timeout.timed_out() {
+                        drop(inbox);
+                        self.check_readers();
+                        return Flow::Go;
+                    }
+                    inbox
                 }
             };
         }
@@ -246,8 +264,11 @@ impl<B: Backend> Thread<B> {
         let is_fatal = self.note_failure(plan, &outcome);
         let events = self.scheduler.update(plan, outcome);
         let now = Instant::now();
-        for event in events {
-            self.deliver(event.request, event.event, now);
+        let outbox: Vec<Outgoing> = events.into_iter().filter_map(|event| self.account(event, now)).collect();
+        // Whoever has seen an event finds it counted.
+        self.publish_stats();
+        for outgoing in outbox {
+            self.send(outgoing);
         }
         // After a panic nothing is taken for granted.
         if (panicked || cfg!(debug_assertions))
@@ -257,7 +278,18 @@ impl<B: Backend> Thread<B> {
             return Flow::End;
         }
         self.pause_full_streams(plan);
+        self.heal_leaks();
         if is_fatal { Flow::End } else { Flow::Go }
+    }
+
+    /// An idle engine has all its blocks back. If not, that is said, and the cache starts anew.
+    fn heal_leaks(&mut self) {
+        let leaked = self.scheduler.gauges().blocks_used;
+        if leaked > 0 && self.scheduler.is_idle() {
+            tracing::error!(leaked, "idle, but cache blocks are held; the cache starts anew");
+            self.stats.leaked_blocks += leaked as u64;
+            self.scheduler.reset_cache();
+        }
     }
 
     fn note_failure(&mut self, plan: &StepPlan, outcome: &Result<StepOutput, BackendError>) -> bool {
@@ -267,8 +299,10 @@ impl<B: Backend> Thread<B> {
         matches!(error, BackendError::Fatal(_))
     }
 
-    fn deliver(&mut self, request: RequestId, mut event: TokenEvent, now: Instant) {
-        let Some(client) = self.clients.get_mut(&request) else { return };
+    /// Counts an event and puts the times into it.
+    fn account(&mut self, event: SchedulerEvent, now: Instant) -> Option<Outgoing> {
+        let SchedulerEvent { request, mut event } = event;
+        let client = self.clients.get_mut(&request)?;
         let started = client.started.unwrap_or(now);
         let mut ended = false;
         match &mut event {
@@ -298,6 +332,12 @@ impl<B: Backend> Thread<B> {
             }
             TokenEvent::PromptLogprobs(_) => {}
         }
+        Some(Outgoing { request, event, ended })
+    }
+
+    fn send(&mut self, outgoing: Outgoing) {
+        let Outgoing { request, event, ended } = outgoing;
+        let Some(client) = self.clients.get(&request) else { return };
         match client.events.try_send(event) {
             Ok(()) => {}
             // The reader is gone; its own message will find the request ended.
@@ -342,12 +382,15 @@ impl<B: Backend> Thread<B> {
     fn check_readers(&mut self) {
         let now = Instant::now();
         let patience = self.shared.patience.reader;
+        // After a long gap this process may have been stopped, and its readers with it: their time starts anew.
+        let gap = now.duration_since(std::mem::replace(&mut self.readers_checked, now));
+        let had_no_chance = gap > 2 * LONGEST_WAIT;
         let mut gone = Vec::new();
         for request in &self.paused {
             let Some(client) = self.clients.get_mut(request) else { continue };
             let reads = client.reader.reads.load(Ordering::Relaxed);
             match client.still_since {
-                Some((since, before)) if before == reads => {
+                Some((since, before)) if before == reads && !had_no_chance => {
                     if now.duration_since(since) >= patience {
                         gone.push(*request);
                     }
@@ -376,7 +419,14 @@ impl<B: Backend> Thread<B> {
             .filter_map(|r| self.clients.get(r)?.still_since)
             .map(|(since, _)| since)
             .min()?;
-        Some(self.shared.patience.reader.saturating_sub(since.elapsed()))
+        Some(self.shared.patience.reader.saturating_sub(since.elapsed()).min(LONGEST_WAIT))
+    }
+
+    fn publish_stats(&mut self) {
+        self.stats.set_scheduler(self.scheduler.gauges(), self.scheduler.counters());
+        let mut inbox = self.shared.lock();
+        let block_size = inbox.stats.block_size;
+        inbox.stats = EngineStats { block_size, ..self.stats };
     }
 
     fn publish(&mut self, progressed: bool) {

@@ -32,6 +32,7 @@ use crate::sequence::{Rank, SeqStatus, Sequence};
 
 mod admission;
 mod integrity;
+mod memory;
 mod outcome;
 
 #[cfg(feature = "testing")]
@@ -110,6 +111,8 @@ pub struct Scheduler {
     next_request: u64,
     /// Sum of all sequences' `reserved`.
     reserved: usize,
+    /// In the last step somebody in the queue found no room and nobody else did.
+    is_queue_stuck: bool,
     counters: SchedulerCounters,
     faults: Faults,
 }
@@ -135,6 +138,7 @@ impl Scheduler {
             next_seq: 0,
             next_request: 0,
             reserved: 0,
+            is_queue_stuck: false,
             counters: SchedulerCounters::default(),
             faults: Faults::default(),
         }
@@ -260,16 +264,20 @@ impl Scheduler {
         }
     }
 
-    /// Running sequences with more than one pending token.
+    /// Running sequences with more than one pending token. One of them takes half of what is left as long as others
+    /// come after it, so that a long prompt does not keep short ones waiting.
     fn schedule_prompts(&mut self, plan: &mut StepPlan, budget: &mut usize) {
-        let order: Vec<SeqId> = self.running.values().copied().collect();
-        for id in order {
+        // One pending token left undone by the loop before has no block; it is not tried again here.
+        let is_prompt = |id: &SeqId| self.seqs[id].num_pending() > 1;
+        let mut order: VecDeque<SeqId> = self.running.values().copied().filter(is_prompt).collect();
+        let has_place = self.running.len() < self.config.max_num_seqs;
+        let queue_may_move = has_place && !self.waiting.is_empty() && !self.is_queue_stuck;
+        while let Some(id) = order.pop_front() {
             let pending = self.seqs[&id].num_pending();
-            // One pending token left undone by the loop before has no block; it is not tried again here.
-            if pending <= 1 {
-                continue;
-            }
-            let count = self.chunk(pending, *budget);
+            let is_last = order.is_empty() && !queue_may_move;
+            let share =
+                if is_last || !self.config.enable_chunked_prefill { *budget } else { budget.div_ceil(2) };
+            let count = self.chunk(pending, share);
             if count == 0 {
                 break;
             }
@@ -286,151 +294,6 @@ impl Scheduler {
             return pending;
         }
         if self.config.enable_chunked_prefill { budget } else { 0 }
-    }
-
-    /// Makes room for all known tokens of a running sequence, by preemption if there must be. `false`: not now.
-    fn grow(&mut self, id: SeqId, plan: &StepPlan) -> bool {
-        let needed = self.blocks_for(self.seqs[&id].num_tokens());
-        while self.seqs[&id].block_table.len() < needed {
-            if self.take_block(id) {
-                continue;
-            }
-            if self.evict_held(None) || self.preempt_for(id, plan) {
-                continue;
-            }
-            // Nobody less important has a block: it gives way itself, unless it is the one that must go on.
-            if Some(id) != self.oldest_running() && self.is_victim(id) {
-                self.preempt(id);
-            }
-            return false;
-        }
-        true
-    }
-
-    /// Blocks that hold `tokens` tokens.
-    fn blocks_for(&self, tokens: usize) -> usize {
-        if self.faults.has(Fault::OffByOneBlock) && tokens > self.config.block_size {
-            return (tokens - 1).div_ceil(self.config.block_size);
-        }
-        tokens.div_ceil(self.config.block_size)
-    }
-
-    /// Free blocks that are not set aside.
-    fn num_available(&self) -> usize {
-        self.pool.num_free().saturating_sub(self.reserved)
-    }
-
-    /// Appends a block to the table, from the sequence's reservation if it has one.
-    fn take_block(&mut self, id: SeqId) -> bool {
-        let Some(seq) = self.seqs.get_mut(&id) else { return false };
-        let from_reserve = seq.reserved > 0;
-        if !from_reserve && self.pool.num_free() <= self.reserved {
-            return false;
-        }
-        let Some(block) = self.pool.allocate() else { return false };
-        if from_reserve {
-            seq.reserved -= 1;
-            self.reserved -= 1;
-        }
-        seq.block_table.push(block);
-        true
-    }
-
-    /// Takes the blocks of the least important sequence that holds some without running. `except` keeps its own.
-    fn evict_held(&mut self, except: Option<SeqId>) -> bool {
-        let victim = self
-            .held
-            .values()
-            .rev()
-            .copied()
-            .find(|id| Some(*id) != except && self.frees_at_once(&self.seqs[id]));
-        let Some(victim) = victim else { return false };
-        self.drop_blocks(victim);
-        self.counters.evictions += 1;
-        true
-    }
-
-    /// Preempts the youngest, least important sequence for `requester`.
-    fn preempt_for(&mut self, requester: SeqId, plan: &StepPlan) -> bool {
-        let oldest = self.oldest_running();
-        let rank = self.seqs[&requester].rank;
-        let is_planned = |id: SeqId| plan.seqs.iter().any(|seq| seq.seq == id);
-        let mut order: Vec<(Rank, SeqId)> =
-            self.running.iter().rev().map(|(rank, id)| (*rank, *id)).collect();
-        if self.faults.has(Fault::PreemptOldest) {
-            order.reverse();
-        }
-        let victim = order.into_iter().find(|(other, id)| {
-            *id != requester
-                && (self.faults.has(Fault::PreemptOldest)
-                    || (Some(*id) != oldest && (*other > rank || Some(requester) == oldest)))
-                && self.is_victim(*id)
-                && !is_planned(*id)
-        });
-        let Some((_, victim)) = victim else { return false };
-        self.preempt(victim);
-        true
-    }
-
-    /// The running sequence of the earliest request, which must always be able to end.
-    fn oldest_running(&self) -> Option<SeqId> {
-        self.running.iter().min_by_key(|(rank, _)| (rank.request, rank.choice)).map(|(_, id)| *id)
-    }
-
-    fn is_pinned(&self, id: SeqId) -> bool {
-        self.seqs[&id].preemptions >= MAX_PREEMPTIONS
-    }
-
-    /// Whether a running sequence may be preempted and doing so frees a block now.
-    fn is_victim(&self, id: SeqId) -> bool {
-        !self.is_pinned(id) && self.frees_at_once(&self.seqs[&id])
-    }
-
-    fn frees_at_once(&self, seq: &Sequence) -> bool {
-        seq.last_step.is_none() && seq.block_table.iter().any(|block| self.pool.refs(*block) == 1)
-    }
-
-    fn preempt(&mut self, id: SeqId) {
-        self.set_status(id, SeqStatus::Waiting);
-        self.drop_blocks(id);
-        if let Some(seq) = self.seqs.get_mut(&id) {
-            seq.preemptions += 1;
-            if self.faults.has(Fault::ForgetPreempted) {
-                self.waiting.remove(&seq.rank);
-            }
-        }
-        self.counters.preemptions += 1;
-    }
-
-    /// Gives back all blocks of a sequence that stays.
-    fn drop_blocks(&mut self, id: SeqId) {
-        self.release_blocks(id);
-        let Some(seq) = self.seqs.get_mut(&id) else { return };
-        if !self.faults.has(Fault::StaleComputed) {
-            seq.reset_computed();
-        }
-        self.held.remove(&seq.rank);
-    }
-
-    /// The one way that blocks leave a table: at once, or behind the fence of the last step that touches them.
-    fn release_blocks(&mut self, id: SeqId) {
-        let Some(seq) = self.seqs.get_mut(&id) else { return };
-        self.reserved -= std::mem::take(&mut seq.reserved);
-        let mut blocks = std::mem::take(&mut seq.block_table);
-        if self.faults.has(Fault::SkipDeref) && blocks.len() > 2 {
-            blocks.pop();
-        }
-        match seq.last_step {
-            Some(step) if !self.faults.has(Fault::FreeEarly) => self.fences.defer(step.0, blocks),
-            _ => self.free(blocks),
-        }
-    }
-
-    /// Last blocks first: a prefix is of use without its continuation, but not the other way round.
-    fn free(&mut self, blocks: Vec<BlockId>) {
-        for block in blocks.into_iter().rev() {
-            self.pool.release(block);
-        }
     }
 
     fn push_scheduled(&mut self, plan: &mut StepPlan, id: SeqId, count: usize) {
@@ -507,6 +370,20 @@ impl Scheduler {
         if !seq.block_table.is_empty() {
             self.held.insert(rank, id);
         }
+    }
+
+    /// Forgets all blocks and what they held. For an idle scheduler whose blocks were not all given back: that is a
+    /// bug, but no reason to serve from a smaller cache for ever.
+    ///
+    /// # Panics
+    /// If it is not idle.
+    pub fn reset_cache(&mut self) {
+        assert!(self.is_idle() && self.in_flight.is_empty(), "blocks are in use");
+        let faults = self.pool.faults;
+        self.pool = BlockPool::new(self.config.num_blocks, self.config.enable_prefix_caching);
+        self.pool.faults = faults;
+        self.fences = Fences::default();
+        self.reserved = 0;
     }
 
     fn remove_seq(&mut self, id: SeqId) {

@@ -30,6 +30,7 @@ pub enum StepFailure {
 }
 
 type RowFn = Box<dyn FnMut(&[u32]) -> Vec<f32> + Send>;
+type Condition = Box<dyn FnMut(&[u32]) -> bool + Send>;
 
 enum Script {
     /// Tokens from a hash of history, seed and choice; no sampler.
@@ -45,7 +46,7 @@ pub struct ScriptedBackend {
     memory: Vec<Option<Slot>>,
     delay: Duration,
     failures: HashMap<u64, StepFailure>,
-    nan_when: Option<Box<dyn FnMut(&[u32]) -> bool + Send>>,
+    nan_when: Option<Condition>,
     steps: u64,
     corrupt_rows: u64,
 }

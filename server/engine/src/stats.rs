@@ -76,6 +76,8 @@ pub struct EngineStats {
     pub non_finite: u64,
     /// Readers given up because they stood still.
     pub stalled_readers: u64,
+    /// Blocks found held when nothing was left to hold them: always a bug.
+    pub leaked_blocks: u64,
     /// Seconds the backend computed.
     pub busy_seconds: f64,
     /// Seconds since a step completed or the engine had nothing to do; 0 when idle.

@@ -316,3 +316,51 @@ fn same_seed_same_text_in_any_company() {
     let texts: Vec<_> = crowd.into_iter().map(|stream| collect(stream).0).collect();
     assert!(texts.iter().any(|text| *text != texts[0]));
 }
+
+#[test]
+fn min_tokens_and_ignored_ends_hold_the_answer_open() {
+    // The likeliest token is always the end, 7 is next.
+    let row = |_: &[u32]| {
+        let mut row = vec![0.0; VOCAB];
+        (row[EOS as usize], row[7]) = (9.0, 5.0);
+        row
+    };
+    let engine = spawn(ScriptedBackend::with_logits(row));
+    let answer = |change: fn(&mut SamplingParams)| {
+        let mut request = request(&[1], 5);
+        change(&mut request.sampling);
+        let (tokens, last) = collect(submit(&engine, request));
+        let TokenEvent::Finished { reason, .. } = last else { panic!("{last:?}") };
+        (tokens, reason)
+    };
+    assert_eq!(answer(|_| {}), (vec![], FinishReason::Stop(EOS)));
+    assert_eq!(answer(|s| s.min_tokens = 3), (vec![7; 3], FinishReason::Stop(EOS)));
+    assert_eq!(answer(|s| s.ignore_eos = true), (vec![EOS; 5], FinishReason::Length));
+    let both = |s: &mut SamplingParams| (s.min_tokens, s.stop_token_ids) = (2, vec![7]);
+    // Neither end is allowed twice: the next best are all alike, so the lowest id.
+    assert_eq!(answer(both), (vec![0; 2], FinishReason::Stop(EOS)));
+    assert_eq!(
+        answer(|s| (s.ignore_eos, s.stop_token_ids) = (true, vec![EOS])),
+        (vec![], FinishReason::Stop(EOS))
+    );
+}
+
+#[test]
+fn without_a_seed_answers_differ() {
+    let engine = spawn(ScriptedBackend::with_logits(|_| vec![0.0; VOCAB - 1]));
+    let plain = Request { sampling: SamplingParams::default(), ..request(&[1], 20) };
+    let first = collect(submit(&engine, plain.clone())).0;
+    assert_ne!(collect(submit(&engine, plain)).0, first);
+}
+
+#[test]
+fn an_idle_engine_uses_no_processor() {
+    let engine = spawn(counting());
+    assert_eq!(collect(submit(&engine, request(&[1], 5))).0.len(), 5);
+    wait_until("idle", || engine.stats().outstanding == 0);
+    let steps = engine.stats().steps;
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(engine.stats().steps, steps);
+    assert_eq!(engine.stats().seconds_since_progress, 0.0);
+    assert_eq!(engine.stats().leaked_blocks, 0);
+}

@@ -20,6 +20,9 @@ use crate::text::{ChatTemplate, Tokenizer};
 /// The model that `ingle serve` serves when none is named.
 pub(super) const DEFAULT_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 
+/// Tokens of the warm-up step: enough to touch all weights and start all threads.
+const WARM_UP_TOKENS: usize = 32;
+
 /// Memory for the cache when none is named, at most, in MiB.
 const DEFAULT_CACHE_MIB: usize = 4096;
 
@@ -48,9 +51,13 @@ pub(super) struct EngineSizes {
 /// # Errors
 /// One sentence that names the file or flag at fault.
 pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result<Loaded> {
-    let mut phases = Phases::default();
+    let mut phases = Phases(Vec::new(), Instant::now());
     let path = phases.time("found", || find(name, args))?;
-    let text = phases.time("tokenizer", || load_text(&path, args))?;
+    // The tokenizer is read beside the weights: both take a while, and neither needs the other.
+    let reading = std::thread::spawn({
+        let (path, args) = (path.clone(), args.clone());
+        move || (load_text(&path, &args), Instant::now())
+    });
 
     ingle_engine::set_num_threads(args.threads);
     let device = device(args.device)?;
@@ -72,10 +79,14 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
         budget: KvBudget::Bytes(cache_bytes(args)?),
         max_model_len: args.max_model_len,
         max_num_seqs: args.max_num_seqs,
-        vocab_size: Some(text.tokenizer.vocab_size()),
     };
-    let runner = phases.time("weights", || ModelRunner::load(&path, &options, &cache))?;
+    let begin = Instant::now();
+    let mut runner = phases.time("weights", || ModelRunner::load(&path, &options, &cache))?;
     bar.finish_and_clear();
+    let joined = reading.join().map_err(|_| anyhow::anyhow!("reading the tokenizer failed"))?;
+    phases.0.push(("tokenizer (beside)", joined.1.duration_since(begin)));
+    let text = joined.0?;
+    runner.limit_vocab(text.tokenizer.vocab_size());
 
     let info = runner.info().clone();
     if let Some(wanted) = args.max_model_len.filter(|wanted| *wanted > runner.max_model_len()) {
@@ -102,10 +113,7 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
     };
     let mut eos = info.eos_token_ids.clone();
     eos.extend(text.tokenizer.eos_token_id().filter(|id| !eos.contains(id)));
-    let mut runner = runner;
-    phases
-        .time("warm-up", || runner.warm_up(config.max_num_batched_tokens))
-        .context("the warm-up step failed")?;
+    phases.time("warm-up", || runner.warm_up(WARM_UP_TOKENS)).context("the warm-up step failed")?;
     let engine =
         Engine::spawn(config, limits, &eos, runner).context("the engine's thread could not be started")?;
 
@@ -287,8 +295,7 @@ pub(super) fn progress_bar(message: &'static str, unit: &str) -> ProgressBar {
 }
 
 /// How long the parts of the start took.
-#[derive(Default)]
-struct Phases(Vec<(&'static str, Duration)>);
+struct Phases(Vec<(&'static str, Duration)>, Instant);
 
 impl Phases {
     fn time<T>(&mut self, name: &'static str, work: impl FnOnce() -> T) -> T {
@@ -299,7 +306,7 @@ impl Phases {
     }
 
     fn line(&self) -> String {
-        let total: Duration = self.0.iter().map(|(_, time)| *time).sum();
+        let total = self.1.elapsed();
         let parts: Vec<String> =
             self.0.iter().map(|(name, time)| format!("{name} {:.0} ms", time.as_secs_f64() * 1e3)).collect();
         format!("start      {:.0} ms: {}", total.as_secs_f64() * 1e3, parts.join(", "))

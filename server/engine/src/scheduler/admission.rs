@@ -10,6 +10,7 @@ impl Scheduler {
     /// later ones, but only [`MAX_PASSES`] times.
     pub(super) fn schedule_waiting(&mut self, plan: &mut StepPlan, budget: &mut usize) {
         let mut skipped: Vec<SeqId> = Vec::new();
+        let before = plan.seqs.len();
         let mut after: Option<Rank> = None;
         let mut tries = 0;
         while *budget > 0 && self.running.len() < self.config.max_num_seqs && tries < MAX_TRIES {
@@ -35,6 +36,7 @@ impl Scheduler {
                 break;
             }
         }
+        self.is_queue_stuck = !skipped.is_empty() && plan.seqs.len() == before;
     }
 
     fn next_waiting(&self, after: Option<Rank>) -> Option<(Rank, SeqId)> {
@@ -140,7 +142,7 @@ impl Scheduler {
         }
         let tokens = seq.num_tokens();
         let last = if self.faults.has(Fault::FullPromptHit) { tokens } else { tokens - 1 };
-        if found.num_tokens % size != 0 {
+        if !found.num_tokens.is_multiple_of(size) {
             return found;
         }
         for idx in found.blocks.len()..last / size {

@@ -29,6 +29,13 @@ pub(crate) struct Choice {
     pub(crate) ended: bool,
 }
 
+impl Choice {
+    /// The answer it must get.
+    pub(crate) fn expected(&self) -> &[u32] {
+        &self.expected
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) id: RequestId,

@@ -5,6 +5,7 @@
 
 mod checks;
 mod client;
+mod exhaustive;
 mod options;
 mod world;
 
@@ -60,6 +61,16 @@ fn invariants_hold_in_every_world() {
         // A simulation in which nothing happens proves nothing.
         assert!(sum.finished > 10_000 && sum.cancelled > 500 && sum.failed > 500, "{sum:?}");
         assert!(sum.preemptions > 500 && sum.evictions > 50 && sum.cached_tokens > 10_000, "{sum:?}");
+    }
+}
+
+/// I8, the other half: what the invariants compare with is what the engine answers when a request is alone, with
+/// room for everything and nothing cached.
+#[test]
+fn the_expected_answers_are_those_of_a_request_alone() {
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    for seed in 0..200 {
+        world::run_alone(seed).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
     }
 }
 
