@@ -93,7 +93,8 @@ impl Launch {
     pub async fn start(self) -> TestServer {
         let mut server = self.spawn();
         let line = server.wait_for_line("ready ").await;
-        let address = line.split_whitespace().find(|word| word.starts_with("http://")).expect("an address");
+        // In a JSON log the address is followed by the rest of the object.
+        let address = line.split([' ', '"']).find(|word| word.starts_with("http://")).expect("an address");
         address.clone_into(&mut server.base);
         server.wait_for_ready().await;
         server

@@ -206,7 +206,8 @@ fn a_gguf_file_that_is_none() {
 #[test]
 fn a_device_or_cache_that_cannot_be_had() {
     let model = TinyModel::llama();
-    check(&serve(model.arg(), &["--device", "cuda"]), 1, &["CUDA", "--device cpu"]);
+    check(&serve(model.arg(), &["--device", "metal"]), 1, &["Metal", "--device cpu"]);
+    check(&serve(model.arg(), &["--max-num-seqs", "0"]), 1, &["max_num_seqs"]);
     let run = ingle(&["serve", model.arg(), "--port", "0", "--kv-cache-memory", "0"]);
     check(&run, 1, &["cache"]);
     let run = ingle(&["serve", model.arg(), "--port", "0", "--kv-cache-memory", "18446744073709551615"]);
@@ -216,16 +217,7 @@ fn a_device_or_cache_that_cannot_be_had() {
 /// What must not be: a server that says it is ready on a model that is wrong.
 #[tokio::test]
 async fn sizes_that_are_only_odd_are_put_right() {
-    let flags = [
-        "--block-size",
-        "7",
-        "--max-num-seqs",
-        "0",
-        "--max-num-batched-tokens",
-        "0",
-        "--max-model-len",
-        "1000000",
-    ];
+    let flags = ["--block-size", "7", "--max-num-batched-tokens", "0", "--max-model-len", "1000000"];
     let mut server = Launch::tiny().args(flags).start().await;
     server.wait_for_line("--max-model-len 1000000 is cut to 32768").await;
     tokio::time::timeout(PATIENCE, server.is_well()).await.expect("an answer");
