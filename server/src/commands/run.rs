@@ -30,7 +30,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let context = loaded.engine.limits().max_model_len;
     let room = context.saturating_sub(ids.len());
     if room == 0 {
-        bail!("the prompt has {} tokens, and the context of {context} leaves no room for an answer", ids.len());
+        bail!(
+            "the prompt has {} tokens, and the context of {context} leaves no room for an answer",
+            ids.len()
+        );
     }
     let request = Request {
         max_tokens: args.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX)),
