@@ -156,7 +156,7 @@ impl Server {
         let engine = Engine::spawn(options.engine, limits, &[IM_END], options.backend).expect("an engine");
         let tokenizer = Arc::new(tokenizer());
         let template = Arc::new(ChatTemplate::from_source(TEMPLATE, None, &tokenizer).expect("a template"));
-        let text = Arc::new(TextModel { tokenizer, template });
+        let text = Arc::new(TextModel { tokenizer, template: Some(template) });
         let state = AppState::new(options.app, engine.clone(), text, ModelCard::new("tiny")).expect("a state");
         let listener = Listener::tcp("127.0.0.1:0".parse().expect("an address")).expect("a port");
         let address = listener.local_addr().expect("an address");
