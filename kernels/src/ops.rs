@@ -190,6 +190,23 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     fill(x.dims(), |y| view.read(|x| weight.read(|weight| cpu::rms_norm(x, weight.row(0), eps, y)))?)
 }
 
+/// `a + b` for two activations of the same shape `[num_tokens, features]` (the residual connection).
+///
+/// # Errors
+/// If the shapes differ.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (_, width) = a.dims2()?;
+    if a.dims() != b.dims() {
+        return Err(argument("add", format!("{:?} and {:?}", a.dims(), b.dims())));
+    }
+    if !on_cpu_f32(a) {
+        return Ok((a + b)?);
+    }
+    // candle's own addition wakes a second thread pool, which then competes with ours.
+    let (a, b) = (View::new(a, width)?, View::new(b, width)?);
+    fill((a.num_rows, width), |y| a.read(|a| b.read(|b| cpu::add(a, b, y)))?)
+}
+
 /// Rotates the first `2 * tables.cos.dim(1)` of each head of `x [num_tokens, heads, head_dim]`, half against half
 /// (GPT-NeoX layout, as transformers stores Llama weights); the rest passes.
 ///

@@ -139,6 +139,17 @@ fn rope_equals_the_formula() {
 }
 
 #[test]
+fn add_equals_the_formula() {
+    let mut rng = rng(10);
+    for (tokens, width) in [(1, 1), (3, 17), (300, 576)] {
+        let a = random(&mut rng, &[tokens, width]);
+        let b = random(&mut rng, &[tokens, width + 4]).narrow(1, 3, width).unwrap();
+        assert_eq!(bits(&ops::add(&a, &b).unwrap()), bits(&(&a + &b).unwrap()));
+    }
+    assert!(ops::add(&random(&mut rng, &[2, 3]), &random(&mut rng, &[3, 2])).is_err());
+}
+
+#[test]
 fn gated_activation_equals_the_formula() {
     let mut rng = rng(6);
     for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {

@@ -31,7 +31,7 @@ pub trait CausalLm: Send {
 pub struct LoadOptions {
     /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own.
     pub dtype: Option<DType>,
-    /// Type of cached keys and values; `None`: that of the activations (f32 on the CPU, else the weights').
+    /// Type of cached keys and values; `None`: that of the weights.
     pub kv_cache_dtype: Option<DType>,
     /// Where the model lives.
     pub device: Device,

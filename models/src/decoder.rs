@@ -143,7 +143,7 @@ impl CausalLm for Decoder {
             let x = normed(&hidden, layer.attn_pre_norm.as_ref(), &self.config)?;
             let x = layer.attention.forward(&x, cache.layer_mut(idx), &tables, meta, &self.config)?;
             let x = normed(&x, layer.attn_post_norm.as_ref(), &self.config)?;
-            hidden = (hidden + scaled(x, self.config.residual_scale)?)?;
+            hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
 
             let x = normed(&hidden, layer.mlp_pre_norm.as_ref(), &self.config)?;
             let x = match &layer.mlp {
@@ -151,7 +151,7 @@ impl CausalLm for Decoder {
                 LayerMlp::Moe(moe) => moe.forward(&x)?,
             };
             let x = normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?;
-            hidden = (hidden + scaled(x, self.config.residual_scale)?)?;
+            hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
         }
         self.logits(&hidden, batch)
     }

@@ -120,7 +120,7 @@ fn placement(
     Ok(Placement {
         dtype,
         activation_dtype,
-        kv_dtype: options.kv_cache_dtype.unwrap_or(activation_dtype),
+        kv_dtype: options.kv_cache_dtype.unwrap_or(dtype),
         device: options.device.clone(),
         max_len: options.max_model_len.unwrap_or(config.max_position_embeddings),
     })

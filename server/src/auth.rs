@@ -85,8 +85,9 @@ pub(crate) async fn require_key(State(state): State<AppState>, mut request: Requ
         return next.run(request).await;
     }
     let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    let open = route
-        .is_some_and(|route| OPEN_ROUTES.contains(&route) || (route == "/metrics" && state.config().open_metrics));
+    let open = route.is_some_and(|route| {
+        OPEN_ROUTES.contains(&route) || (route == "/metrics" && state.config().open_metrics)
+    });
     if open {
         return next.run(request).await;
     }
@@ -124,8 +125,11 @@ pub(crate) async fn check_host(State(state): State<AppState>, request: Request, 
             let listed = config.cors_origins.iter().any(|allowed| allowed == origin || allowed == "*");
             let local = origin.split_once("://").is_some_and(|(_, host)| is_local(strip_port(host)));
             if !listed && !local {
-                return ApiError::new(ErrorKind::Forbidden, "Web pages of this origin may not ask this server.")
-                    .into_response();
+                return ApiError::new(
+                    ErrorKind::Forbidden,
+                    "Web pages of this origin may not ask this server.",
+                )
+                .into_response();
             }
         }
     }
@@ -180,7 +184,9 @@ mod tests {
         assert!(keys.check(b"alpha-key").is_some());
         assert!(keys.check(b"beta-key").is_some());
         assert_ne!(keys.check(b"alpha-key"), keys.check(b"beta-key"));
-        for wrong in [&b""[..], b"alpha-ke", b"alpha-key ", b"alpha-key2", b"ALPHA-KEY", b" ", "k\u{e9}y".as_bytes()] {
+        for wrong in
+            [&b""[..], b"alpha-ke", b"alpha-key ", b"alpha-key2", b"ALPHA-KEY", b" ", "k\u{e9}y".as_bytes()]
+        {
             assert_eq!(keys.check(wrong), None, "{wrong:?}");
         }
         assert!(!format!("{keys:?}").contains("alpha"));
@@ -192,7 +198,8 @@ mod tests {
             assert!(is_local(strip_port(host)), "{host}");
             assert!(is_local(strip_port(&format!("{host}:8080"))), "{host}:8080");
         }
-        for host in ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "[::2]"] {
+        for host in ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "[::2]"]
+        {
             assert!(!is_local(strip_port(host)), "{host}");
         }
     }

@@ -118,7 +118,13 @@ pub struct ServeArgs {
     #[arg(long, env = "INGLE_UDS", help_heading = "Serving")]
     pub uds: Option<PathBuf>,
     /// Key that clients must send as a bearer token; several: repeat or separate by commas.
-    #[arg(long, env = "INGLE_API_KEY", value_delimiter = ',', hide_env_values = true, help_heading = "Serving")]
+    #[arg(
+        long,
+        env = "INGLE_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true,
+        help_heading = "Serving"
+    )]
     pub api_key: Vec<String>,
     /// Names the model answers to, separated by commas; the first is its own.
     #[arg(long, env = "INGLE_SERVED_MODEL_NAME", value_delimiter = ',', help_heading = "Serving")]
@@ -288,10 +294,13 @@ fn from_file(path: &PathBuf, name: &str, matches: &clap::ArgMatches) -> Result<V
     let mut flags = Vec::new();
     for (key, value) in table {
         let known = command.get_arguments().find(|arg| {
-            arg.get_long() == Some(key.replace('_', "-").as_str()) || (arg.is_positional() && arg.get_id() == key.as_str())
+            arg.get_long() == Some(key.replace('_', "-").as_str())
+                || (arg.is_positional() && arg.get_id() == key.as_str())
         });
         let Some(arg) = known.filter(|arg| arg.get_id() != "config") else {
-            return Err(fail(format!("unknown setting {key:?}; `ingle {name} --help` lists the flags, which are the settings")));
+            return Err(fail(format!(
+                "unknown setting {key:?}; `ingle {name} --help` lists the flags, which are the settings"
+            )));
         };
         let given = matches.value_source(arg.get_id().as_str());
         if matches!(given, Some(ValueSource::CommandLine | ValueSource::EnvVariable)) {
@@ -304,7 +313,9 @@ fn from_file(path: &PathBuf, name: &str, matches: &clap::ArgMatches) -> Result<V
         for value in values {
             let value = match value {
                 toml::Value::String(text) => text,
-                toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => value.to_string(),
+                toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => {
+                    value.to_string()
+                }
                 _ => return Err(fail(format!("{key} is a table or a date, not a setting"))),
             };
             flags.push(match arg.get_long() {

@@ -110,7 +110,8 @@ impl Listener {
     pub fn unix(path: &Path) -> io::Result<Self> {
         use std::os::unix::fs::FileTypeExt;
         if let Ok(there) = std::fs::symlink_metadata(path) {
-            let in_use = !there.file_type().is_socket() || std::os::unix::net::UnixStream::connect(path).is_ok();
+            let in_use =
+                !there.file_type().is_socket() || std::os::unix::net::UnixStream::connect(path).is_ok();
             if in_use {
                 return Err(io::ErrorKind::AddrInUse.into());
             }

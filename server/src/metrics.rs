@@ -19,8 +19,8 @@ const META: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(
 
 /// Upper bounds, in seconds, of times to the first token.
 const FIRST_TOKEN: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    160.0, 640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
 ];
 /// Of times between tokens.
 const BETWEEN_TOKENS: &[f64] = &[
@@ -28,8 +28,8 @@ const BETWEEN_TOKENS: &[f64] = &[
 ];
 /// Of whole requests and their phases.
 const REQUEST: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
 ];
 
 /// A metric under each of its names.
@@ -129,7 +129,12 @@ struct Registrar<'a> {
 }
 
 impl Registrar<'_> {
-    fn each<T>(&self, names: &[&'static str], extra: &[Label], make: impl Fn(&'static str, Key) -> T) -> Many<T> {
+    fn each<T>(
+        &self,
+        names: &[&'static str],
+        extra: &[Label],
+        make: impl Fn(&'static str, Key) -> T,
+    ) -> Many<T> {
         let labels: Vec<Label> = self.labels.iter().chain(extra).cloned().collect();
         Many(names.iter().map(|name| make(name, Key::from_parts(*name, labels.clone()))).collect())
     }
@@ -192,8 +197,12 @@ impl Metrics {
             )
         });
         Self {
-            running: r.gauge(&["ingle_requests_running", "vllm:num_requests_running"], "Sequences being run."),
-            waiting: r.gauge(&["ingle_requests_waiting", "vllm:num_requests_waiting"], "Sequences that wait to run."),
+            running: r
+                .gauge(&["ingle_requests_running", "vllm:num_requests_running"], "Sequences being run."),
+            waiting: r.gauge(
+                &["ingle_requests_waiting", "vllm:num_requests_waiting"],
+                "Sequences that wait to run.",
+            ),
             kv_usage: r.gauge(
                 &["ingle_kv_cache_usage_ratio", "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
                 "Share of the key/value cache in use, 0 to 1.",
@@ -211,11 +220,17 @@ impl Metrics {
                 &["ingle_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"],
                 "Prompt tokens found in the prefix cache.",
             ),
-            prompt_tokens: r.counter(&["ingle_prompt_tokens_total", "vllm:prompt_tokens_total"], "Prompt tokens processed."),
-            generation_tokens: r
-                .counter(&["ingle_generation_tokens_total", "vllm:generation_tokens_total"], "Answer tokens generated."),
+            prompt_tokens: r.counter(
+                &["ingle_prompt_tokens_total", "vllm:prompt_tokens_total"],
+                "Prompt tokens processed.",
+            ),
+            generation_tokens: r.counter(
+                &["ingle_generation_tokens_total", "vllm:generation_tokens_total"],
+                "Answer tokens generated.",
+            ),
             finished: finished.into(),
-            refused: r.counter(&["ingle_requests_refused_total"], "Requests refused because the queue was full."),
+            refused: r
+                .counter(&["ingle_requests_refused_total"], "Requests refused because the queue was full."),
             panics: r.counter(&["ingle_panics_total"], "Panics in handlers; each was one request's 500."),
             first_token: r.histogram(
                 &["ingle_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"],
@@ -245,8 +260,10 @@ impl Metrics {
                 &["ingle_request_decode_time_seconds", "vllm:request_decode_time_seconds"],
                 "Time from a request's first token to its last.",
             ),
-            request_prompt_tokens: r
-                .histogram(&["ingle_request_prompt_tokens", "vllm:request_prompt_tokens"], "Prompt tokens of a request."),
+            request_prompt_tokens: r.histogram(
+                &["ingle_request_prompt_tokens", "vllm:request_prompt_tokens"],
+                "Prompt tokens of a request.",
+            ),
             request_generation_tokens: r.histogram(
                 &["ingle_request_generation_tokens", "vllm:request_generation_tokens"],
                 "Answer tokens of a request.",
@@ -311,7 +328,13 @@ pub(crate) struct RequestTimes {
 
 impl RequestTimes {
     pub(crate) fn new(started: Instant, num_choices: usize) -> Self {
-        Self { started, last: vec![None; num_choices], first_token_seen: false, prompt_counted: false, outcome: None }
+        Self {
+            started,
+            last: vec![None; num_choices],
+            first_token_seen: false,
+            prompt_counted: false,
+            outcome: None,
+        }
     }
 
     /// The prompt was processed; counted once.

@@ -133,7 +133,8 @@ impl AppState {
         }
         let keys = ApiKeys::new(std::mem::take(&mut config.api_keys));
         let limits = engine.limits().clone();
-        let metrics = Metrics::new(config.served_names.first().map_or("", String::as_str), &limits, &engine.stats());
+        let metrics =
+            Metrics::new(config.served_names.first().map_or("", String::as_str), &limits, &engine.stats());
         let pool = TextPool::new(TextLimits { max_bytes: config.max_body_bytes, ..TextLimits::default() })?;
         Ok(Self(Arc::new(Inner {
             config,

@@ -2,11 +2,24 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
-/// A zeroed buffer of `T`, aligned to 64 bytes (2 MiB from 4 MiB on, where the system is asked for large pages).
+#[cfg(unix)]
+const LARGE_PAGE: usize = 2 << 20;
+
+/// A zeroed buffer of `T`, aligned to 64 bytes.
+///
+/// From 4 MiB on it is mapped from the system on its own, aligned to 2 MiB and with large pages asked for: pages that
+/// are never touched (a cache that is never full) then cost no memory, and zeroing costs no time.
 pub(crate) struct AlignedBuf<T> {
     ptr: *mut T,
     len: usize,
-    layout: Layout,
+    memory: Memory,
+}
+
+enum Memory {
+    Heap(Layout),
+    /// Start and length of the mapping.
+    #[cfg(unix)]
+    Mapped(*mut libc::c_void, usize),
 }
 
 // SAFETY: the buffer owns its memory; access follows the borrow of the buffer.
@@ -25,23 +38,38 @@ unsafe impl Zeroable for f32 {}
 unsafe impl Zeroable for u16 {}
 
 impl<T: Zeroable> AlignedBuf<T> {
-    /// `None` if the size overflows.
+    /// `None` if the size overflows or, for large ones, the system has no room.
     pub(crate) fn zeroed(len: usize) -> Option<Self> {
-        const LARGE_PAGE: usize = 2 << 20;
         let bytes = len.checked_mul(size_of::<T>())?.max(64);
-        let align = if bytes >= 2 * LARGE_PAGE { LARGE_PAGE } else { 64 };
-        let layout = Layout::from_size_align(bytes, align).ok()?;
+        #[cfg(unix)]
+        if bytes >= 2 * LARGE_PAGE {
+            return Self::mapped(len, bytes);
+        }
+        let layout = Layout::from_size_align(bytes, 64).ok()?;
         // SAFETY: the layout's size is not zero.
         let ptr = unsafe { alloc_zeroed(layout) };
         if ptr.is_null() {
             handle_alloc_error(layout);
         }
-        #[cfg(target_os = "linux")]
-        if align == LARGE_PAGE {
-            // SAFETY: the range was just allocated; the advice changes no content and may fail without harm.
-            unsafe { libc::madvise(ptr.cast(), bytes, libc::MADV_HUGEPAGE) };
+        Some(Self { ptr: ptr.cast(), len, memory: Memory::Heap(layout) })
+    }
+
+    #[cfg(unix)]
+    fn mapped(len: usize, bytes: usize) -> Option<Self> {
+        let room = bytes.checked_add(LARGE_PAGE)?;
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: an anonymous mapping at a place of the system's choice touches nothing that exists.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, access, kind, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return None;
         }
-        Some(Self { ptr: ptr.cast(), len, layout })
+        let ptr = start.map_addr(|addr| addr.next_multiple_of(LARGE_PAGE));
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range lies in the mapping; the advice changes no content and may fail without harm.
+        unsafe {
+            libc::madvise(ptr, bytes, libc::MADV_HUGEPAGE)
+        };
+        Some(Self { ptr: ptr.cast(), len, memory: Memory::Mapped(start, room) })
     }
 }
 
@@ -63,8 +91,15 @@ impl<T> std::ops::DerefMut for AlignedBuf<T> {
 
 impl<T> Drop for AlignedBuf<T> {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `zeroed`.
-        unsafe { dealloc(self.ptr.cast(), self.layout) }
+        match self.memory {
+            // SAFETY: allocated with this layout in `zeroed`.
+            Memory::Heap(layout) => unsafe { dealloc(self.ptr.cast(), layout) },
+            #[cfg(unix)]
+            Memory::Mapped(start, room) => {
+                // SAFETY: the mapping made in `mapped`, whole.
+                unsafe { libc::munmap(start, room) };
+            }
+        }
     }
 }
 

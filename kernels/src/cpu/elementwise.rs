@@ -63,6 +63,21 @@ unsafe fn rms_norm_rows<S: Simd>(
     }
 }
 
+/// `a + b`, row by row.
+pub(crate) fn add(a: Rows<'_>, b: Rows<'_>, y: &mut [f32]) {
+    assert!((a.num_rows, a.width) == (b.num_rows, b.width) && y.len() == a.num_rows * a.width, "sizes");
+    let out = OutPtr(y.as_mut_ptr());
+    for_rows(a.num_rows, a.width, |first, end| {
+        for row in first..end {
+            // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
+            let y_row = unsafe { out.slice(row * a.width, a.width) };
+            for ((y, a), b) in y_row.iter_mut().zip(a.row(row)).zip(b.row(row)) {
+                *y = a + b;
+            }
+        }
+    });
+}
+
 /// Rotates the first `2 * half` of every head, half against half; `cos`, `sin` are `[num_tokens, half]`.
 pub(crate) fn rope(x: Rows<'_>, head_dim: usize, cos: Rows<'_>, sin: Rows<'_>, y: &mut [f32]) {
     let half = cos.width;

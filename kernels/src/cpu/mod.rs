@@ -22,7 +22,7 @@ mod pool;
 mod simd;
 
 pub(crate) use attention::paged_attention;
-pub(crate) use elementwise::{gated_activation, rms_norm, rope};
+pub(crate) use elementwise::{add, gated_activation, rms_norm, rope};
 pub(crate) use gemm::matmul;
 pub use isa::{Isa, isa};
 pub(crate) use kv::KvStore;

@@ -37,8 +37,6 @@ pub struct CacheOptions {
     pub max_model_len: Option<usize>,
     /// Sequences in one step at most: the cache is never larger than they can use.
     pub max_num_seqs: usize,
-    /// Ids that may be sampled are below this (the tokenizer's size; rows of logits may be padded). `None`: all.
-    pub vocab_size: Option<usize>,
 }
 
 /// Why a model cannot be run.
@@ -106,7 +104,7 @@ impl ModelRunner {
         let info = model.info();
         let longest = options.max_model_len.unwrap_or(usize::MAX).min(info.max_position_embeddings);
         let num_blocks = num_blocks(info, options, longest)?;
-        let vocab_size = options.vocab_size.unwrap_or(usize::MAX).min(info.vocab_size);
+        let vocab_size = info.vocab_size;
         let cache = model.new_cache(num_blocks, options.block_size)?;
         let cached = num_blocks.saturating_mul(options.block_size);
         Ok(Self {
@@ -167,6 +165,11 @@ impl ModelRunner {
             max_num_seqs: self.max_num_seqs,
             ..config
         }
+    }
+
+    /// Ids that may be sampled are below `vocab_size` from now on (the tokenizer's size; rows of logits may be padded).
+    pub fn limit_vocab(&mut self, vocab_size: usize) {
+        self.vocab_size = self.vocab_size.min(vocab_size);
     }
 
     /// Runs one step of `num_tokens` tokens (cut to what the cache holds), so that the first request finds threads,
@@ -386,14 +389,13 @@ mod tests {
         };
         let seen = Arc::new(Mutex::new(Vec::new()));
         let model = Successor { info, seen: seen.clone() };
-        let options = CacheOptions {
-            block_size: 4,
-            budget,
-            max_model_len: None,
-            max_num_seqs: 2,
-            vocab_size: Some(10),
-        };
-        (ModelRunner::new(Box::new(model), &options), seen)
+        let options = CacheOptions { block_size: 4, budget, max_model_len: None, max_num_seqs: 2 };
+        let runner = ModelRunner::new(Box::new(model), &options);
+        let limited = runner.map(|mut runner| {
+            runner.limit_vocab(10);
+            runner
+        });
+        (limited, seen)
     }
 
     fn part(prompt: &[u32], start: usize, len: usize, blocks: &[u32], scored: bool) -> ScheduledSeq {

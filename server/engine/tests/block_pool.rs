@@ -2,6 +2,7 @@
 
 use ingle_engine::{BlockHash, BlockHasher, BlockId, BlockPool};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 #[derive(Debug, Clone)]
 enum Op {
@@ -30,8 +31,14 @@ fn name(text: u32) -> (BlockHash, BlockHash) {
     (hasher.block(&root, &[text]), root)
 }
 
+/// Cases that failed once are kept beside this file and tried first.
+fn config() -> ProptestConfig {
+    let kept = FileFailurePersistence::WithSource("regressions");
+    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::with_cases(2000) }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(config())]
 
     #[test]
     fn behaves_like_lists(num_blocks in 1..8_usize, caching: bool, ops in prop::collection::vec(op(), 1..80)) {

@@ -2,6 +2,7 @@
 
 use ingle_engine::{InvalidKind, Limits, Request, SamplingParams};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 const LIMITS: Limits =
     Limits { vocab_size: 1000, max_model_len: 50, max_n: 4, max_logprobs: 20, max_token_list: 3 };
@@ -105,7 +106,15 @@ fn a_prompt_must_leave_room_for_one_token() {
     assert!(of_len(51, 0, true).is_err());
 }
 
+/// Cases that failed once are kept beside this file and tried first.
+fn config() -> ProptestConfig {
+    let kept = FileFailurePersistence::WithSource("regressions");
+    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::with_cases(2000) }
+}
+
 proptest! {
+    #![proptest_config(config())]
+
     /// Whatever comes, there is an answer, and what passes is within the limits.
     #[test]
     fn nothing_panics_and_nothing_slips_through(

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use ingle_engine::{
-    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, Limits, LoadOptions, ModelInfo,
-    ModelRunner, Progress,
+    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, Limits, LoadOptions,
+    ModelInfo, ModelRunner, Progress,
 };
 
 use crate::cli::{DeviceName, FloatType, ModelArgs};
@@ -18,39 +18,46 @@ use crate::state::TextModel;
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// The model that `ingle serve` serves when none is named.
-pub const DEFAULT_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+pub(super) const DEFAULT_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+
+/// Tokens of the warm-up step: enough to touch all weights and start all threads.
+const WARM_UP_TOKENS: usize = 32;
 
 /// Memory for the cache when none is named, at most, in MiB.
 const DEFAULT_CACHE_MIB: usize = 4096;
 
 /// A model ready to answer.
-pub struct Loaded {
+pub(super) struct Loaded {
     /// Text to tokens and back.
-    pub text: Arc<TextModel>,
+    pub(super) text: Arc<TextModel>,
     /// The engine's thread.
-    pub engine: EngineHandle,
+    pub(super) engine: EngineHandle,
     /// What was asked for, fit to be shown to clients: a hub id or the last part of a path.
-    pub root: String,
+    pub(super) root: String,
     /// What happened, a line each.
-    pub report: Vec<String>,
+    pub(super) report: Vec<String>,
 }
 
 /// Sizes of the engine that are not the model's.
-pub struct EngineSizes {
+pub(super) struct EngineSizes {
     /// See [`EngineConfig::max_num_queued_reqs`].
-    pub max_num_queued_reqs: usize,
+    pub(super) max_num_queued_reqs: usize,
     /// See [`Limits::max_n`].
-    pub max_n: usize,
+    pub(super) max_n: usize,
 }
 
 /// Finds, reads and starts the model `name`.
 ///
 /// # Errors
 /// One sentence that names the file or flag at fault.
-pub fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result<Loaded> {
-    let mut phases = Phases::default();
+pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result<Loaded> {
+    let mut phases = Phases(Vec::new(), Instant::now());
     let path = phases.time("found", || find(name, args))?;
-    let text = phases.time("tokenizer", || load_text(&path, args))?;
+    // The tokenizer is read beside the weights: both take a while, and neither needs the other.
+    let reading = std::thread::spawn({
+        let (path, args) = (path.clone(), args.clone());
+        move || (load_text(&path, &args), Instant::now())
+    });
 
     ingle_engine::set_num_threads(args.threads);
     let device = device(args.device)?;
@@ -72,14 +79,21 @@ pub fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result
         budget: KvBudget::Bytes(cache_bytes(args)?),
         max_model_len: args.max_model_len,
         max_num_seqs: args.max_num_seqs,
-        vocab_size: Some(text.tokenizer.vocab_size()),
     };
-    let runner = phases.time("weights", || ModelRunner::load(&path, &options, &cache))?;
+    let begin = Instant::now();
+    let mut runner = phases.time("weights", || ModelRunner::load(&path, &options, &cache))?;
     bar.finish_and_clear();
+    let joined = reading.join().map_err(|_| anyhow::anyhow!("reading the tokenizer failed"))?;
+    phases.0.push(("tokenizer (beside)", joined.1.duration_since(begin)));
+    let text = joined.0?;
+    runner.limit_vocab(text.tokenizer.vocab_size());
 
     let info = runner.info().clone();
     if let Some(wanted) = args.max_model_len.filter(|wanted| *wanted > runner.max_model_len()) {
-        tracing::warn!("--max-model-len {wanted} is cut to {}, which is what model and cache allow", runner.max_model_len());
+        tracing::warn!(
+            "--max-model-len {wanted} is cut to {}, which is what model and cache allow",
+            runner.max_model_len()
+        );
     }
     let report = report(&path, &info, &runner, &device, &text);
     let config = runner.engine_config(EngineConfig {
@@ -99,9 +113,9 @@ pub fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result
     };
     let mut eos = info.eos_token_ids.clone();
     eos.extend(text.tokenizer.eos_token_id().filter(|id| !eos.contains(id)));
-    let mut runner = runner;
-    phases.time("warm-up", || runner.warm_up(config.max_num_batched_tokens)).context("the warm-up step failed")?;
-    let engine = Engine::spawn(config, limits, &eos, runner).context("the engine's thread could not be started")?;
+    phases.time("warm-up", || runner.warm_up(WARM_UP_TOKENS)).context("the warm-up step failed")?;
+    let engine =
+        Engine::spawn(config, limits, &eos, runner).context("the engine's thread could not be started")?;
 
     let mut report = report;
     report.push(phases.line());
@@ -127,14 +141,16 @@ fn find(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
     let found = runtime.block_on(hub::resolve(name, &options, std::io::stderr().is_terminal()));
     found.map_err(|error| match name {
         DEFAULT_MODEL => {
-            anyhow::anyhow!("the default model cannot be had ({error}); `scripts/demo` gets it without the hub")
+            anyhow::anyhow!(
+                "the default model cannot be had ({error}); `scripts/demo` gets it without the hub"
+            )
         }
         _ => error.into(),
     })
 }
 
 /// Where Ingle keeps models that did not come from the hub: `$INGLE_HOME/models`.
-pub fn local_models() -> Option<PathBuf> {
+pub(super) fn local_models() -> Option<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = var("INGLE_HOME").or_else(|| {
         let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
@@ -175,7 +191,9 @@ fn device(name: DeviceName) -> anyhow::Result<Device> {
         DeviceName::Metal if !cfg!(feature = "metal") => {
             bail!("this build has no Metal support; build with `--features metal`, or use --device cpu")
         }
-        DeviceName::Cuda | DeviceName::Metal => gpu().context("no GPU can be used; --device cpu always works"),
+        DeviceName::Cuda | DeviceName::Metal => {
+            gpu().context("no GPU can be used; --device cpu always works")
+        }
     }
 }
 
@@ -197,7 +215,9 @@ fn float_type(name: FloatType) -> Option<DType> {
 fn cache_bytes(args: &ModelArgs) -> anyhow::Result<usize> {
     let mib = match args.kv_cache_memory {
         Some(mib) => mib,
-        None => available_memory_mib().map_or(DEFAULT_CACHE_MIB / 4, |free| (free / 4).min(DEFAULT_CACHE_MIB)),
+        None => {
+            available_memory_mib().map_or(DEFAULT_CACHE_MIB / 4, |free| (free / 4).min(DEFAULT_CACHE_MIB))
+        }
     };
     mib.checked_mul(1 << 20).with_context(|| format!("--kv-cache-memory {mib} is too large"))
 }
@@ -213,10 +233,18 @@ fn available_memory_mib() -> Option<usize> {
     Some((kib >> 10).min(group.unwrap_or(usize::MAX)))
 }
 
-fn report(path: &Path, info: &ModelInfo, runner: &ModelRunner, device: &Device, text: &TextModel) -> Vec<String> {
+fn report(
+    path: &Path,
+    info: &ModelInfo,
+    runner: &ModelRunner,
+    device: &Device,
+    text: &TextModel,
+) -> Vec<String> {
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let place = match device {
-        Device::Cpu => format!("cpu, {}, {} threads", ingle_engine::isa().name(), ingle_engine::num_threads()),
+        Device::Cpu => {
+            format!("cpu, {}, {} threads", ingle_engine::isa().name(), ingle_engine::num_threads())
+        }
         Device::Cuda(_) => "cuda".to_owned(),
         Device::Metal(_) => "metal".to_owned(),
     };
@@ -237,7 +265,10 @@ fn report(path: &Path, info: &ModelInfo, runner: &ModelRunner, device: &Device, 
         ),
         match &text.template {
             Some(_) => format!("tokenizer  {} tokens, with a chat template", text.tokenizer.vocab_size()),
-            None => format!("tokenizer  {} tokens; no chat template, so no chat (see --chat-template)", text.tokenizer.vocab_size()),
+            None => format!(
+                "tokenizer  {} tokens; no chat template, so no chat (see --chat-template)",
+                text.tokenizer.vocab_size()
+            ),
         },
     ]
 }
@@ -254,7 +285,7 @@ fn root(name: &str) -> String {
 }
 
 /// A bar on the terminal; nothing where there is none.
-pub fn progress_bar(message: &'static str, unit: &str) -> ProgressBar {
+pub(super) fn progress_bar(message: &'static str, unit: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(&format!("{{msg}} [{{bar:40}}] {{pos}}/{{len}} {unit}"));
     let bar = ProgressBar::new(0).with_message(message);
     match style {
@@ -264,8 +295,7 @@ pub fn progress_bar(message: &'static str, unit: &str) -> ProgressBar {
 }
 
 /// How long the parts of the start took.
-#[derive(Default)]
-struct Phases(Vec<(&'static str, Duration)>);
+struct Phases(Vec<(&'static str, Duration)>, Instant);
 
 impl Phases {
     fn time<T>(&mut self, name: &'static str, work: impl FnOnce() -> T) -> T {
@@ -276,8 +306,9 @@ impl Phases {
     }
 
     fn line(&self) -> String {
-        let total: Duration = self.0.iter().map(|(_, time)| *time).sum();
-        let parts: Vec<String> = self.0.iter().map(|(name, time)| format!("{name} {:.0} ms", time.as_secs_f64() * 1e3)).collect();
+        let total = self.1.elapsed();
+        let parts: Vec<String> =
+            self.0.iter().map(|(name, time)| format!("{name} {:.0} ms", time.as_secs_f64() * 1e3)).collect();
         format!("start      {:.0} ms: {}", total.as_secs_f64() * 1e3, parts.join(", "))
     }
 }

@@ -40,7 +40,9 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     if entries.is_empty() {
-        println!("No models yet. `ingle serve ORG/NAME` downloads one from the hub; `scripts/demo` gets a small one.");
+        println!(
+            "No models yet. `ingle serve ORG/NAME` downloads one from the hub; `scripts/demo` gets a small one."
+        );
         return Ok(());
     }
     let width = entries.iter().map(|e| e.name.chars().count()).max().unwrap_or(0);

@@ -32,7 +32,11 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         max_tokens: args.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX)),
         prompt: ids,
         n: 1,
-        sampling: SamplingParams { temperature: args.temperature, top_p: args.top_p, ..SamplingParams::default() },
+        sampling: SamplingParams {
+            temperature: args.temperature,
+            top_p: args.top_p,
+            ..SamplingParams::default()
+        },
         ..Request::default()
     };
     let request = request.validate(loaded.engine.limits())?;

@@ -27,13 +27,14 @@ pub fn serve(args: &ServeArgs) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("ingle-http").build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: no threads for the server: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let runtime =
+        match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("ingle-http").build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                eprintln!("error: no threads for the server: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
     let status = runtime.block_on(serve_here(args));
     // Threads that still compute for cut requests are not waited for.
     runtime.shutdown_background();
@@ -60,7 +61,8 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
     let server = Server::start(vec![listener], config);
 
     let loading = tokio::task::spawn_blocking({
-        let (model, load_args) = (args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()), args.load.clone());
+        let (model, load_args) =
+            (args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()), args.load.clone());
         let sizes = EngineSizes { max_num_queued_reqs: args.max_num_queued_reqs, max_n: args.max_n };
         move || load(&model, &load_args, &sizes)
     });
@@ -101,10 +103,13 @@ fn fail(status: u8, error: &anyhow::Error) -> ExitCode {
 
 fn bind(args: &ServeArgs) -> anyhow::Result<Listener> {
     match &args.uds {
-        Some(path) => Listener::unix(path).with_context(|| format!("the socket {} cannot be used", path.display())),
+        Some(path) => {
+            Listener::unix(path).with_context(|| format!("the socket {} cannot be used", path.display()))
+        }
         None => {
             let address = SocketAddr::new(args.host, args.port);
-            Listener::tcp(address).with_context(|| format!("{address} cannot be used (see --host and --port)"))
+            Listener::tcp(address)
+                .with_context(|| format!("{address} cannot be used (see --host and --port)"))
         }
     }
 }

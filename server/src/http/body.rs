@@ -36,7 +36,8 @@ pub(crate) async fn read_fields(state: &AppState, request: Request) -> ApiResult
     match value {
         Value::Object(map) => Ok(Fields::new(map)),
         other => {
-            let message = format!("The body must be a JSON object, not {}.", super::validate::kind_of(&other));
+            let message =
+                format!("The body must be a JSON object, not {}.", super::validate::kind_of(&other));
             Err(ApiError::new(ErrorKind::InvalidJson, message))
         }
     }
@@ -56,15 +57,21 @@ fn check_type(headers: &HeaderMap) -> ApiResult<()> {
         .and_then(|value| value.to_str().ok())
         .map(|value| value.split(';').next().unwrap_or("").trim().to_ascii_lowercase());
     match essence.as_deref() {
-        Some(t) if t == "application/json" || (t.starts_with("application/") && t.ends_with("+json")) => Ok(()),
+        Some(t) if t == "application/json" || (t.starts_with("application/") && t.ends_with("+json")) => {
+            Ok(())
+        }
         _ => unsupported("The body must be JSON: send Content-Type: application/json."),
     }
 }
 
 async fn read_bytes(state: &AppState, headers: &HeaderMap, body: Body) -> ApiResult<Vec<u8>> {
     let limit = state.config().max_body_bytes;
-    let too_large =
-        || ApiError::new(ErrorKind::TooLarge, format!("The body is larger than {limit} bytes, the limit of this server."));
+    let too_large = || {
+        ApiError::new(
+            ErrorKind::TooLarge,
+            format!("The body is larger than {limit} bytes, the limit of this server."),
+        )
+    };
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok())
@@ -72,7 +79,9 @@ async fn read_bytes(state: &AppState, headers: &HeaderMap, body: Body) -> ApiRes
     if announced.is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
-    let timeout = |what: &str| ApiError::new(ErrorKind::RequestTimeout, format!("The body did not arrive in time ({what})."));
+    let timeout = |what: &str| {
+        ApiError::new(ErrorKind::RequestTimeout, format!("The body did not arrive in time ({what})."))
+    };
     let read = async {
         // The announced length is the client's word: it reserves little before bytes are there.
         let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(64 << 10) as usize);
@@ -82,7 +91,10 @@ async fn read_bytes(state: &AppState, headers: &HeaderMap, body: Body) -> ApiRes
                 Err(_) => return Err(timeout("it stopped")),
                 Ok(None) => return Ok(bytes),
                 Ok(Some(Err(_))) => {
-                    return Err(ApiError::new(ErrorKind::InvalidJson, "The body broke off or is wrongly framed."));
+                    return Err(ApiError::new(
+                        ErrorKind::InvalidJson,
+                        "The body broke off or is wrongly framed.",
+                    ));
                 }
                 Ok(Some(Ok(chunk))) => {
                     if bytes.len().saturating_add(chunk.len()) > limit {
@@ -99,7 +111,10 @@ async fn read_bytes(state: &AppState, headers: &HeaderMap, body: Body) -> ApiRes
 /// Parses `bytes` strictly.
 fn parse(bytes: &[u8]) -> ApiResult<Value> {
     let invalid = |error: serde_json::Error| {
-        ApiError::new(ErrorKind::InvalidJson, format!("The body is not valid JSON: {}.", quote(&error.to_string())))
+        ApiError::new(
+            ErrorKind::InvalidJson,
+            format!("The body is not valid JSON: {}.", quote(&error.to_string())),
+        )
     };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = Strict { depth: 0 }.deserialize(&mut deserializer).map_err(invalid)?;
@@ -194,7 +209,9 @@ mod tests {
 
     #[test]
     fn plain_values_are_what_serde_json_makes_of_them() {
-        for text in [r#"{"a":[1,-2,3.5,"x",null,true,{"b":{}}],"c":"\ud83d\ude00 \u0000"}"#, "7", r#""s""#, "[]"] {
+        for text in
+            [r#"{"a":[1,-2,3.5,"x",null,true,{"b":{}}],"c":"\ud83d\ude00 \u0000"}"#, "7", r#""s""#, "[]"]
+        {
             assert_eq!(parse(text.as_bytes()).expect(text), serde_json::from_str::<Value>(text).expect(text));
         }
     }
@@ -222,7 +239,8 @@ mod tests {
             "{\"a\":".repeat(100_000).into_bytes(),
         ];
         for body in refused {
-            let head = String::from_utf8_lossy(body.get(..body.len().min(40)).unwrap_or_default()).into_owned();
+            let head =
+                String::from_utf8_lossy(body.get(..body.len().min(40)).unwrap_or_default()).into_owned();
             let error = parse(&body).expect_err(&head);
             assert_eq!(error.kind(), ErrorKind::InvalidJson, "{head}");
         }

@@ -10,8 +10,7 @@ use ingle_engine as engine;
 use super::{
     body, collect,
     generate::{Counts, Piece, Plan, TokenEntry, submit},
-    ignored_header,
-    limits,
+    ignored_header, limits,
     messages::Conversation,
     new_id,
     params::Common,
@@ -19,8 +18,8 @@ use super::{
     tally::Tally,
     tokens::{self, TokenText},
     types::{
-        AssistantMessage, ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChatTokenLogprob, ChunkChoice, Delta,
-        Rendered, TopLogprob, UsageBody,
+        AssistantMessage, ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChatTokenLogprob, ChunkChoice,
+        Delta, Rendered, TopLogprob, UsageBody,
     },
     validate::Fields,
 };
@@ -98,7 +97,8 @@ pub(crate) async fn render(State(state): State<AppState>, request: Request) -> A
 pub(crate) async fn encode(state: &AppState, conversation: Conversation) -> ApiResult<Vec<u32>> {
     let text = std::sync::Arc::clone(state.text());
     let Some(template) = text.template.clone() else {
-        let message = "This model has no chat template, so it completes text (/v1/completions) but does not chat.";
+        let message =
+            "This model has no chat template, so it completes text (/v1/completions) but does not chat.";
         return Err(ApiError::invalid("messages", message));
     };
     let bytes = conversation.num_bytes();
@@ -268,8 +268,12 @@ impl sse::Encoder for ChatEncoder {
             Piece::Delta { choice, text, tokens, counts } => self.delta(choice, text, &tokens, counts, out),
             Piece::Finish { choice, text, tokens, reason, counts } => {
                 self.delta(choice, text, &tokens, counts, out);
-                let choice =
-                    ChunkChoice { index: choice, delta: Delta::default(), logprobs: None, finish_reason: Some(reason) };
+                let choice = ChunkChoice {
+                    index: choice,
+                    delta: Delta::default(),
+                    logprobs: None,
+                    finish_reason: Some(reason),
+                };
                 self.push(vec![choice], self.running_usage(), out);
             }
         }

@@ -155,9 +155,10 @@ fn read_prompts(state: &AppState, fields: &mut Fields) -> ApiResult<Prompts> {
         Some(Value::Array(_)) => {
             let lists = items.into_iter().enumerate().map(|(i, item)| match item {
                 Value::Array(ids) => validate::token_ids(&format!("{NAME}[{i}]"), &ids, vocab),
-                other => {
-                    Err(ApiError::invalid(NAME, format!("'{NAME}[{i}]' must be an array of token ids, not {}.", kind_of(&other))))
-                }
+                other => Err(ApiError::invalid(
+                    NAME,
+                    format!("'{NAME}[{i}]' must be an array of token ids, not {}.", kind_of(&other)),
+                )),
             });
             lists.collect::<ApiResult<Vec<_>>>().map(Prompts::Ids)
         }
@@ -260,7 +261,9 @@ impl Writer {
                 return None;
             }
             Piece::Delta { choice, text, tokens, counts } => (choice, text, tokens, None, counts),
-            Piece::Finish { choice, text, tokens, reason, counts } => (choice, text, tokens, Some(reason), counts),
+            Piece::Finish { choice, text, tokens, reason, counts } => {
+                (choice, text, tokens, Some(reason), counts)
+            }
         };
         self.tally.set(counts);
         let echo = self.echoes.get(index.checked_div(self.n)?);

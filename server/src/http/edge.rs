@@ -99,10 +99,13 @@ type Shared = Arc<Mutex<Option<BodyDataStream>>>;
 /// would see its connection reset instead of the answer.
 pub(crate) async fn drain_body(request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
-    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let has_body = announced.is_some_and(|length| length > 0) || parts.headers.contains_key(header::TRANSFER_ENCODING);
+    let announced =
+        parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let has_body =
+        announced.is_some_and(|length| length > 0) || parts.headers.contains_key(header::TRANSFER_ENCODING);
     // Reading would tell a client that waits for it to send, and there is no end to too much.
-    let leave = parts.headers.contains_key(header::EXPECT) || announced.is_some_and(|length| length > MAX_DRAIN as u64);
+    let leave = parts.headers.contains_key(header::EXPECT)
+        || announced.is_some_and(|length| length > MAX_DRAIN as u64);
     if !has_body || leave {
         return next.run(Request::from_parts(parts, body)).await;
     }

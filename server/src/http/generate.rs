@@ -5,12 +5,7 @@
 //! probabilities with the text they belong to. Because streamed and whole answers are made of the same pieces, they
 //! are the same text. Dropping the stream of pieces drops the engine's stream, which aborts the request.
 
-use std::{
-    collections::VecDeque,
-    pin::Pin,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Instant};
 
 use futures::{Stream, stream};
 use ingle_engine::{FinishReason, Request, SubmitError, TokenEvent, TokenLogprobs, TokenStream, Usage};
@@ -100,8 +95,11 @@ fn refused(state: &AppState, refusal: &SubmitError) -> ApiError {
             state.metrics().refused();
             let running = state.engine().stats().running.max(1);
             let seconds = (waiting / running).clamp(1, 30);
-            ApiError::new(ErrorKind::Overloaded, format!("The server is overloaded: {waiting} requests are waiting."))
-                .with_retry_after(u32::try_from(seconds).unwrap_or(30))
+            ApiError::new(
+                ErrorKind::Overloaded,
+                format!("The server is overloaded: {waiting} requests are waiting."),
+            )
+            .with_retry_after(u32::try_from(seconds).unwrap_or(30))
         }
         SubmitError::Draining => error::draining(),
         SubmitError::Dead => error::engine_dead(),
@@ -109,7 +107,9 @@ fn refused(state: &AppState, refusal: &SubmitError) -> ApiError {
             let max = state.limits().max_model_len;
             ApiError::new(
                 ErrorKind::ContextLength,
-                format!("This model's maximum context length is {max} tokens, and the request can never run: {never_fits}."),
+                format!(
+                    "This model's maximum context length is {max} tokens, and the request can never run: {never_fits}."
+                ),
             )
         }
     }
@@ -142,7 +142,14 @@ struct Choice {
 }
 
 impl Driver {
-    fn new(state: AppState, plan: &Plan, stream: TokenStream, prompt: usize, prompt_tokens: u32, started: Instant) -> Self {
+    fn new(
+        state: AppState,
+        plan: &Plan,
+        stream: TokenStream,
+        prompt: usize,
+        prompt_tokens: u32,
+        started: Instant,
+    ) -> Self {
         let tokenizer = Arc::clone(&state.text().tokenizer);
         let choice = || Choice {
             detokenizer: if plan.continues_text {

@@ -37,7 +37,8 @@ pub(crate) async fn ready(State(state): State<AppState>) -> ApiResult<Json<Healt
         Health::Draining => Err(draining()),
         Health::Dead => Err(engine_dead()),
         Health::Stalled { seconds } => {
-            let message = format!("Requests wait and the engine has completed no step for {seconds:.0} seconds.");
+            let message =
+                format!("Requests wait and the engine has completed no step for {seconds:.0} seconds.");
             Err(ApiError::new(ErrorKind::Stalled, message))
         }
     }

@@ -51,7 +51,8 @@ pub(crate) fn fit(
         }
     };
     if common.sampling.min_tokens > wanted {
-        let message = format!("'min_tokens' is {}, more than 'max_tokens', {wanted}.", common.sampling.min_tokens);
+        let message =
+            format!("'min_tokens' is {}, more than 'max_tokens', {wanted}.", common.sampling.min_tokens);
         return Err(ApiError::invalid("min_tokens", message));
     }
     Ok((prompt, wanted))

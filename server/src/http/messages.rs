@@ -31,14 +31,20 @@ impl Conversation {
         }
         if continue_final_message && messages.last().and_then(role) != Some("assistant") {
             const NAME: &str = "continue_final_message";
-            return Err(ApiError::invalid(NAME, "'continue_final_message' needs a last message of the assistant."));
+            return Err(ApiError::invalid(
+                NAME,
+                "'continue_final_message' needs a last message of the assistant.",
+            ));
         }
         let kwargs = match fields.take("chat_template_kwargs") {
             None => Map::new(),
             Some(Value::Object(map)) if map.values().all(|v| !v.is_array() && !v.is_object()) => map,
             Some(_) => {
                 const NAME: &str = "chat_template_kwargs";
-                return Err(ApiError::invalid(NAME, "'chat_template_kwargs' must be an object of plain values."));
+                return Err(ApiError::invalid(
+                    NAME,
+                    "'chat_template_kwargs' must be an object of plain values.",
+                ));
             }
         };
         let add_generation_prompt = add_generation_prompt.unwrap_or(!continue_final_message);
@@ -73,12 +79,18 @@ fn messages(state: &AppState, fields: &mut Fields) -> ApiResult<Vec<Value>> {
         Some(Value::Array(list)) => list,
         None => return Err(ApiError::invalid(NAME, "'messages' is required.")),
         Some(other) => {
-            return Err(ApiError::invalid(NAME, format!("'messages' must be an array, not {}.", kind_of(&other))));
+            return Err(ApiError::invalid(
+                NAME,
+                format!("'messages' must be an array, not {}.", kind_of(&other)),
+            ));
         }
     };
     let max = state.config().max_messages;
     if list.is_empty() || list.len() > max {
-        return Err(ApiError::invalid(NAME, format!("'messages' must have 1 to {max} messages, not {}.", list.len())));
+        return Err(ApiError::invalid(
+            NAME,
+            format!("'messages' must have 1 to {max} messages, not {}.", list.len()),
+        ));
     }
     list.into_iter().enumerate().map(|(i, message)| one(i, message)).collect()
 }
@@ -103,16 +115,22 @@ fn one(i: usize, message: Value) -> ApiResult<Value> {
         "developer" => "system",
         "system" | "user" | "assistant" | "tool" | "function" => role.as_str(),
         other => {
-            return Err(ApiError::invalid(path("role"), format!("'{}' is no known role: '{}'.", path("role"), quote(other))));
+            return Err(ApiError::invalid(
+                path("role"),
+                format!("'{}' is no known role: '{}'.", path("role"), quote(other)),
+            ));
         }
     };
     out.insert("role".to_owned(), role.into());
     let tool_calls = map.swap_remove("tool_calls").filter(|calls| !calls.is_null());
     if let Some(calls) = &tool_calls {
         let legal = role == "assistant"
-            && calls.as_array().is_some_and(|calls| calls.iter().all(|call| call.get("function").is_some_and(Value::is_object)));
+            && calls.as_array().is_some_and(|calls| {
+                calls.iter().all(|call| call.get("function").is_some_and(Value::is_object))
+            });
         if !legal {
-            let message = format!("'{}' must be an array of calls in a message of the assistant.", path("tool_calls"));
+            let message =
+                format!("'{}' must be an array of calls in a message of the assistant.", path("tool_calls"));
             return Err(ApiError::invalid(path("tool_calls"), message));
         }
     }
@@ -125,7 +143,11 @@ fn one(i: usize, message: Value) -> ApiResult<Value> {
             return Err(ApiError::invalid(path("content"), format!("'{}' is required.", path("content"))));
         }
         Some(other) => {
-            let message = format!("'{}' must be a string or an array of parts, not {}.", path("content"), kind_of(&other));
+            let message = format!(
+                "'{}' must be a string or an array of parts, not {}.",
+                path("content"),
+                kind_of(&other)
+            );
             return Err(ApiError::invalid(path("content"), message));
         }
     };
@@ -157,12 +179,20 @@ fn join_parts(path: &str, parts: Vec<Value>) -> ApiResult<String> {
                 let kind = part.get("type").and_then(Value::as_str).unwrap_or("");
                 let field = if kind == "refusal" { "refusal" } else { "text" };
                 if !matches!(kind, "text" | "input_text" | "output_text" | "refusal") {
-                    let message = format!("'{path}' is of type '{}', but this model reads text only: it takes no images, audio or files.", quote(kind));
+                    let message = format!(
+                        "'{path}' is of type '{}', but this model reads text only: it takes no images, audio or files.",
+                        quote(kind)
+                    );
                     return Err(ApiError::invalid(path, message));
                 }
                 match part.get(field) {
                     Some(Value::String(piece)) => text.push_str(piece),
-                    _ => return Err(ApiError::invalid(format!("{path}.{field}"), format!("'{path}.{field}' must be a string."))),
+                    _ => {
+                        return Err(ApiError::invalid(
+                            format!("{path}.{field}"),
+                            format!("'{path}.{field}' must be a string."),
+                        ));
+                    }
                 }
             }
             other => {

@@ -68,7 +68,8 @@ pub fn paths() -> Vec<&'static str> {
 
 /// What answers while the model is loaded: `/health` lives, all else is not ready.
 pub(crate) fn waiting_app() -> Router {
-    let loading = || async { ApiError::new(ErrorKind::Loading, "The model is being loaded; try again in a moment.") };
+    let loading =
+        || async { ApiError::new(ErrorKind::Loading, "The model is being loaded; try again in a moment.") };
     Router::new().route("/health", get(health::live)).fallback(loading)
 }
 
@@ -149,14 +150,21 @@ pub(crate) fn new_id(prefix: &str) -> String {
 /// What a request that ran out of time is told.
 pub(crate) fn deadline(state: &AppState) -> ApiError {
     let seconds = state.config().request_timeout.as_secs();
-    ApiError::new(ErrorKind::Deadline, format!("The request took longer than {seconds} seconds, the limit of this server."))
+    ApiError::new(
+        ErrorKind::Deadline,
+        format!("The request took longer than {seconds} seconds, the limit of this server."),
+    )
 }
 
 /// Takes all pieces. If the client goes away, this future is dropped, and with it the engine's request.
 ///
 /// # Errors
 /// The request's failure, the deadline, or the end of the server.
-pub(crate) async fn collect(state: &AppState, mut pieces: Pieces, mut take: impl FnMut(Piece)) -> ApiResult<()> {
+pub(crate) async fn collect(
+    state: &AppState,
+    mut pieces: Pieces,
+    mut take: impl FnMut(Piece),
+) -> ApiResult<()> {
     let all = async {
         while let Some(piece) = pieces.next().await {
             take(piece?);

@@ -39,7 +39,10 @@ pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
         (status = 200, description = "The model.", body = ModelObject),
         (status = "default", description = "What went wrong.", body = crate::error::ErrorBody)
     ))]
-pub(crate) async fn one(State(state): State<AppState>, Path(id): Path<String>) -> ApiResult<Json<ModelObject>> {
+pub(crate) async fn one(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> ApiResult<Json<ModelObject>> {
     if state.config().served_names.contains(&id) {
         return Ok(Json(object(&state, &id)));
     }

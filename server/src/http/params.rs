@@ -94,10 +94,12 @@ fn is_neutral(name: &str, value: &Value) -> bool {
         ("typical_p", v) => v.as_f64() == Some(1.0),
         ("mirostat" | "dry_multiplier" | "xtc_probability", v) => v.as_f64() == Some(0.0),
         ("suffix", Value::String(s)) => s.is_empty(),
-        ("response_format", v) => {
-            v.as_object().is_some_and(|o| o.len() == 1 && o.get("type").and_then(Value::as_str) == Some("text"))
+        ("response_format", v) => v
+            .as_object()
+            .is_some_and(|o| o.len() == 1 && o.get("type").and_then(Value::as_str) == Some("text")),
+        ("modalities", v) => {
+            v.as_array().is_some_and(|a| a.len() == 1 && a.first().and_then(Value::as_str) == Some("text"))
         }
-        ("modalities", v) => v.as_array().is_some_and(|a| a.len() == 1 && a.first().and_then(Value::as_str) == Some("text")),
         ("tool_choice" | "function_call" | "reasoning_effort", Value::String(s)) => s == "none",
         (_, Value::Bool(b)) => !b,
         (_, Value::Array(items)) => items.is_empty(),
@@ -117,7 +119,8 @@ pub(crate) fn model(state: &AppState, fields: &mut Fields) -> ApiResult<String> 
 
 /// The 404 of a model nobody serves.
 pub(crate) fn unknown_model(name: &str) -> ApiError {
-    ApiError::new(ErrorKind::ModelNotFound, format!("The model '{}' does not exist.", quote(name))).with_param("model")
+    ApiError::new(ErrorKind::ModelNotFound, format!("The model '{}' does not exist.", quote(name)))
+        .with_param("model")
 }
 
 impl Common {
@@ -144,7 +147,12 @@ impl Common {
         let skip_special = fields.bool("skip_special_tokens")?.unwrap_or(true);
         let truncate_prompt = fields.int("truncate_prompt_tokens", -1, limits.max_model_len as i128)?;
         let truncate_prompt = match truncate_prompt {
-            Some(0) => return Err(ApiError::invalid("truncate_prompt_tokens", "'truncate_prompt_tokens' must be -1 or at least 1.")),
+            Some(0) => {
+                return Err(ApiError::invalid(
+                    "truncate_prompt_tokens",
+                    "'truncate_prompt_tokens' must be -1 or at least 1.",
+                ));
+            }
             Some(-1) => Some(limits.max_model_len.saturating_sub(1)),
             Some(k) => usize::try_from(k as i64).ok(),
             None => None,
@@ -168,7 +176,10 @@ impl Common {
 fn stream_options(stream: bool, fields: &mut Fields) -> ApiResult<(bool, bool)> {
     let Some(mut options) = fields.object("stream_options")? else { return Ok((false, false)) };
     if !stream {
-        return Err(ApiError::invalid("stream_options", "'stream_options' is only allowed when 'stream' is true."));
+        return Err(ApiError::invalid(
+            "stream_options",
+            "'stream_options' is only allowed when 'stream' is true.",
+        ));
     }
     let continuous = options.bool("continuous_usage_stats")?.unwrap_or(false);
     let include = options.bool("include_usage")?.unwrap_or(false);
@@ -219,18 +230,27 @@ fn logit_bias(limits: &Limits, fields: &mut Fields) -> ApiResult<Vec<(u32, f32)>
         return Err(ApiError::invalid(NAME, "'logit_bias' must be an object of token ids and numbers."));
     };
     if map.len() > limits.max_token_list {
-        let message = format!("'logit_bias' has {} entries; {} are allowed.", map.len(), limits.max_token_list);
+        let message =
+            format!("'logit_bias' has {} entries; {} are allowed.", map.len(), limits.max_token_list);
         return Err(ApiError::invalid(NAME, message));
     }
     let mut list = Vec::with_capacity(map.len());
     for (key, bias) in &map {
         let id = key.parse::<u32>().ok().filter(|id| (*id as usize) < limits.vocab_size);
         let Some(id) = id else {
-            return Err(ApiError::invalid(NAME, format!("'logit_bias' has the key '{}', which is no token id.", quote(key))));
+            return Err(ApiError::invalid(
+                NAME,
+                format!("'logit_bias' has the key '{}', which is no token id.", quote(key)),
+            ));
         };
         match bias.as_f64() {
             Some(bias) if (-100.0..=100.0).contains(&bias) => list.push((id, bias as f32)),
-            _ => return Err(ApiError::invalid(NAME, format!("The bias of token {id} must be a number from -100 to 100."))),
+            _ => {
+                return Err(ApiError::invalid(
+                    NAME,
+                    format!("The bias of token {id} must be a number from -100 to 100."),
+                ));
+            }
         }
     }
     // "7" and "07" are one token: what it would get is not clear.
@@ -251,7 +271,10 @@ fn stop_strings(state: &AppState, fields: &mut Fields) -> ApiResult<Vec<String>>
         Some(_) => return Err(ApiError::invalid(NAME, "'stop' must be a string or an array of strings.")),
     };
     if list.len() > max {
-        return Err(ApiError::invalid(NAME, format!("'stop' has {} strings; {max} are allowed.", list.len())));
+        return Err(ApiError::invalid(
+            NAME,
+            format!("'stop' has {} strings; {max} are allowed.", list.len()),
+        ));
     }
     let legal = |stop| match stop {
         Value::String(s) if (1..=MAX_STOP_BYTES).contains(&s.len()) => Ok(s),

@@ -31,7 +31,9 @@ impl Tally {
 
     /// The sums.
     pub(crate) fn usage(&self) -> UsageBody {
-        let sum = |count: fn(&Counts) -> u32| self.prompts.iter().map(|counts| u64::from(count(counts))).sum::<u64>();
+        let sum = |count: fn(&Counts) -> u32| {
+            self.prompts.iter().map(|counts| u64::from(count(counts))).sum::<u64>()
+        };
         let prompt_tokens = sum(|counts| counts.prompt_tokens);
         let completion_tokens = sum(|counts| counts.completion_tokens);
         UsageBody {

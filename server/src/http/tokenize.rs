@@ -46,7 +46,12 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
     };
     let text = TokenText::new(&state);
     let token_strs = with_strings.then(|| tokens.iter().map(|id| text.label(*id)).collect());
-    Ok(Json(Tokenized { count: tokens.len(), max_model_len: state.limits().max_model_len, tokens, token_strs }))
+    Ok(Json(Tokenized {
+        count: tokens.len(),
+        max_model_len: state.limits().max_model_len,
+        tokens,
+        token_strs,
+    }))
 }
 
 /// The text of `tokens`.
@@ -57,7 +62,10 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
         (status = "default", description = "What went wrong.", body = crate::error::ErrorBody)
     )
 )]
-pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) -> ApiResult<Json<Detokenized>> {
+pub(crate) async fn detokenize(
+    State(state): State<AppState>,
+    request: Request,
+) -> ApiResult<Json<Detokenized>> {
     const NAME: &str = "tokens";
     let mut fields = body::read_fields(&state, request).await?;
     params::model(&state, &mut fields)?;

@@ -52,7 +52,8 @@ pub(crate) async fn encode(
 ) -> ApiResult<Vec<Vec<u32>>> {
     let tokenizer = Arc::clone(&state.text().tokenizer);
     let bytes = texts.iter().map(String::len).sum();
-    let work = move || texts.iter().map(|text| tokenizer.encode(text, specials, add_special_tokens)).collect();
+    let work =
+        move || texts.iter().map(|text| tokenizer.encode(text, specials, add_special_tokens)).collect();
     state.pool().run(bytes, work).await.map_err(|error| text_error(error, "prompt"))
 }
 

@@ -86,7 +86,12 @@ impl Fields {
     }
 
     /// A whole number from `low` to `high`.
-    pub(crate) fn int<T: TryFrom<i128>>(&mut self, name: &str, low: i128, high: i128) -> ApiResult<Option<T>> {
+    pub(crate) fn int<T: TryFrom<i128>>(
+        &mut self,
+        name: &str,
+        low: i128,
+        high: i128,
+    ) -> ApiResult<Option<T>> {
         let Some(value) = self.take(name) else { return Ok(None) };
         let number = integer(&value).filter(|n| (low..=high).contains(n));
         match number.and_then(|n| T::try_from(n).ok()) {
@@ -96,7 +101,12 @@ impl Fields {
     }
 
     /// A number for which `legal` holds; `range` says in words what that is.
-    pub(crate) fn float(&mut self, name: &str, range: &str, legal: fn(f64) -> bool) -> ApiResult<Option<f32>> {
+    pub(crate) fn float(
+        &mut self,
+        name: &str,
+        range: &str,
+        legal: fn(f64) -> bool,
+    ) -> ApiResult<Option<f32>> {
         let Some(value) = self.take(name) else { return Ok(None) };
         match value.as_f64() {
             Some(n) if value.is_number() && n.is_finite() && legal(n) => Ok(Some(n as f32)),
@@ -105,14 +115,22 @@ impl Fields {
     }
 
     /// A list of whole numbers from 0 to below `end`, at most `max_len` of them.
-    pub(crate) fn token_ids(&mut self, name: &str, end: usize, max_len: usize) -> ApiResult<Option<Vec<u32>>> {
+    pub(crate) fn token_ids(
+        &mut self,
+        name: &str,
+        end: usize,
+        max_len: usize,
+    ) -> ApiResult<Option<Vec<u32>>> {
         let Some(value) = self.take(name) else { return Ok(None) };
         let Value::Array(items) = value else {
             return Err(self.wrong(name, "an array of token ids", &value));
         };
         if items.len() > max_len {
             let path = self.path(name);
-            return Err(ApiError::invalid(&path, format!("'{path}' has {} entries; {max_len} are allowed.", items.len())));
+            return Err(ApiError::invalid(
+                &path,
+                format!("'{path}' has {} entries; {max_len} are allowed.", items.len()),
+            ));
         }
         token_ids(&self.path(name), &items, end).map(Some)
     }
@@ -127,7 +145,12 @@ impl Fields {
     }
 
     /// A 400 if `name` is there with a value for which `neutral` does not hold.
-    pub(crate) fn refuse_unless(&mut self, name: &str, why: &str, neutral: fn(&Value) -> bool) -> ApiResult<()> {
+    pub(crate) fn refuse_unless(
+        &mut self,
+        name: &str,
+        why: &str,
+        neutral: fn(&Value) -> bool,
+    ) -> ApiResult<()> {
         match self.take(name) {
             Some(value) if !neutral(&value) => {
                 let path = self.path(name);
@@ -160,7 +183,8 @@ impl Fields {
 
 /// `items` as token ids below `end`.
 pub(crate) fn token_ids(path: &str, items: &[Value], end: usize) -> ApiResult<Vec<u32>> {
-    let legal = |item: &Value| integer(item).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < end);
+    let legal =
+        |item: &Value| integer(item).and_then(|n| u32::try_from(n).ok()).filter(|id| (*id as usize) < end);
     items
         .iter()
         .enumerate()
@@ -170,7 +194,13 @@ pub(crate) fn token_ids(path: &str, items: &[Value], end: usize) -> ApiResult<Ve
                     Value::Number(n) => quote(&n.to_string()),
                     other => kind_of(other).to_owned(),
                 };
-                ApiError::invalid(path, format!("'{path}[{i}]' must be a token id from 0 to {}, not {shown}.", end.saturating_sub(1)))
+                ApiError::invalid(
+                    path,
+                    format!(
+                        "'{path}[{i}]' must be a token id from 0 to {}, not {shown}.",
+                        end.saturating_sub(1)
+                    ),
+                )
             })
         })
         .collect()

@@ -78,8 +78,14 @@ mod tests {
         assert!(!odd("POST / HTTP/1.1\r\nContent-Length: 19\r\n\r\ncontent-length: 3\r\n", false));
         assert!(!odd("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", true));
         assert!(odd("POST / HTTP/1.1\r\nContent-Length: 3\r\ncontent-length: 3\r\n\r\nabc", false));
-        assert!(odd("POST / HTTP/1.1\r\nCONTENT-LENGTH: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", true));
-        assert!(odd("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", true));
+        assert!(odd(
+            "POST / HTTP/1.1\r\nCONTENT-LENGTH: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            true
+        ));
+        assert!(odd(
+            "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+            true
+        ));
         assert!(odd("", true), "a pipelined chunked request");
         assert!(!odd("", false), "a pipelined request of known length");
     }

@@ -14,7 +14,7 @@ use minijinja::{
     AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value as Jinja,
 };
 use serde_json::{Map, Value, json};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -89,7 +89,8 @@ impl ChatTemplate {
     ) -> Result<Option<Self>, TextError> {
         let read = |path: &Path| match std::fs::read_to_string(path) {
             Ok(text) => Ok(Some(text)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            // `dir` is a file when the model is one (GGUF): nothing lies beside its template.
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
             Err(e) => Err(TextError::Load(format!("{}: {e}", path.display()))),
         };
         if let Some(path) = override_file {

@@ -215,6 +215,16 @@ fn files_are_found_in_order() {
 }
 
 #[test]
+fn a_model_that_is_one_file_has_its_template_in_the_tokenizer_config() {
+    let file = tempfile::NamedTempFile::new().expect("temporary file");
+    let config = json!({"chat_template": "from the metadata"});
+    let tokenizer = Tokenizer::from_values(byte_level(gpt2_style()), config).expect("loads");
+    let template = ChatTemplate::load(file.path(), None, &tokenizer).expect("loads").expect("there");
+    assert_eq!(template.render(&input(&user(json!("hi")))), Ok("from the metadata".into()));
+    assert!(ChatTemplate::load(file.path(), None, &TOKENIZER).expect("loads").is_none());
+}
+
+#[test]
 fn dates_are_written() {
     let template = template("{{ strftime_now('%Y-%m-%d') }}").expect("valid");
     let date = template.render(&input(&user(json!("")))).expect("renders");

@@ -64,6 +64,16 @@ fn invariants_hold_in_every_world() {
     }
 }
 
+/// I8, the other half: what the invariants compare with is what the engine answers when a request is alone, with
+/// room for everything and nothing cached.
+#[test]
+fn the_expected_answers_are_those_of_a_request_alone() {
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    for seed in 0..200 {
+        world::run_alone(seed).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+    }
+}
+
 /// I18: a simulation that misses a planted bug is too weak.
 #[test]
 fn every_planted_bug_is_caught() {

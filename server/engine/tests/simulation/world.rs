@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use ingle_engine::{
-    Backend, BackendError, EngineError, Fault, MAX_PASSES, RequestId, SampleResult, Scheduler,
+    Backend, BackendError, EngineConfig, EngineError, Fault, MAX_PASSES, RequestId, SampleResult, Scheduler,
     SchedulerEvent, ScriptedBackend, StepOutput, StepPlan,
 };
 use rand::{Rng, SeedableRng};
@@ -73,6 +73,37 @@ pub(crate) fn run(seed: u64, fault: Option<Fault>, hash_key: [u8; 32]) -> Result
     world.safety()?;
     world.liveness()?;
     world.finish()
+}
+
+/// Runs a seed's kind of requests one after the other, each in an engine of its own.
+pub(crate) fn run_alone(seed: u64) -> Result<(), String> {
+    let options = Options::of(seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for _ in 0..3 {
+        let Some(request) = make_request(&options, &mut rng) else { continue };
+        let config = EngineConfig {
+            block_size: 64,
+            num_blocks: 1000,
+            max_num_batched_tokens: 1000,
+            enable_prefix_caching: false,
+            ..options.config.clone()
+        };
+        let mut scheduler = Scheduler::new(config, &[EOS], [0; 32]);
+        let mut backend = ScriptedBackend::hashing(VOCAB);
+        let id = scheduler.add(Arc::new(request.clone())).map_err(|error| error.to_string())?;
+        let mut client = Client::new(id, request, &options.config, false);
+        while !scheduler.is_idle() {
+            let plan = scheduler.schedule();
+            let output = backend.execute(&plan);
+            for event in scheduler.update(&plan, output) {
+                client.take(&event.event)?;
+            }
+        }
+        if client.outcome != Some(Outcome::Finished) {
+            return Err(format!("ended {:?}", client.outcome));
+        }
+    }
+    Ok(())
 }
 
 impl World {
