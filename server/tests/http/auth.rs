@@ -17,7 +17,9 @@ fn keys() -> AppConfig {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_route_but_two_needs_a_key() {
     let closed_metrics = AppConfig { open_metrics: false, ..keys() };
-    for (app, open) in [(keys(), vec!["/health", "/ready", "/metrics"]), (closed_metrics, vec!["/health", "/ready"])] {
+    for (app, open) in
+        [(keys(), vec!["/health", "/ready", "/metrics"]), (closed_metrics, vec!["/health", "/ready"])]
+    {
         let server = Server::with(with_app(app)).await;
         let mut paths = ingle::paths();
         paths.extend(["/nowhere", "/fault/panic", "/v1/models/tiny"]);
@@ -47,11 +49,32 @@ async fn only_the_right_keys_pass() {
     assert_eq!(ask("authorization", b"bearer second-key").await.status, 200);
     assert_eq!(ask("x-api-key", b"second-key").await.status, 200);
     let long = [b"Bearer ".to_vec(), vec![b'k'; 30_000]].concat();
-    for wrong in [&b"Bearer first-ke"[..], b"Bearer first-keyy", b"Bearer ", b"Bearer", b"first-key", b"Basic first-key", b"", b"Bearer \xff\xfe", &long] {
+    for wrong in [
+        &b"Bearer first-ke"[..],
+        b"Bearer first-keyy",
+        b"Bearer ",
+        b"Bearer",
+        b"first-key",
+        b"Basic first-key",
+        b"",
+        b"Bearer \xff\xfe",
+        &long,
+    ] {
         ask("authorization", wrong).await.error(401);
     }
-    for odd in ["//v1/models", "/v1/models/..%2f..%2fhealth", "/health/../v1/models", "/%68ealth/x", "/metrics/../v1/models"] {
-        let answer = server.raw(format!("GET {odd} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(), crate::life::SECOND).await;
+    for odd in [
+        "//v1/models",
+        "/v1/models/..%2f..%2fhealth",
+        "/health/../v1/models",
+        "/%68ealth/x",
+        "/metrics/../v1/models",
+    ] {
+        let answer = server
+            .raw(
+                format!("GET {odd} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
+                crate::life::SECOND,
+            )
+            .await;
         assert!(answer.starts_with("HTTP/1.1 401"), "{odd}: {answer}");
     }
 }
@@ -62,7 +85,9 @@ async fn tenants_do_not_share_prefixes() {
     let body = chat_body(&format!("{} say:x|", "y".repeat(100)), json!({}));
     let cached = async |key: &str| {
         let request = server.client.post(server.url("/v1/chat/completions")).bearer_auth(key).json(&body);
-        server.answer(request).await.body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count")
+        server.answer(request).await.body["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .expect("a count")
     };
     assert_eq!(cached("first-key").await, 0);
     assert_eq!(cached("second-key").await, 0);
@@ -72,7 +97,9 @@ async fn tenants_do_not_share_prefixes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hosts_and_origins_of_a_local_server() {
     let server = Server::with(with_app(AppConfig { host_check: true, ..Options::default().app })).await;
-    let ask = async |name: &'static str, value: &str| server.answer(server.client.get(server.url("/v1/models")).header(name, value)).await;
+    let ask = async |name: &'static str, value: &str| {
+        server.answer(server.client.get(server.url("/v1/models")).header(name, value)).await
+    };
     for host in ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]:80"] {
         assert_eq!(ask("host", host).await.status, 200, "{host}");
     }
@@ -84,7 +111,12 @@ async fn hosts_and_origins_of_a_local_server() {
     }
     assert_eq!(ask("origin", "http://localhost:3000").await.status, 200);
     for host in ["a/b", "a?b", "a b", "a@b"] {
-        let answer = server.raw(format!("GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").as_bytes(), crate::life::SECOND).await;
+        let answer = server
+            .raw(
+                format!("GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").as_bytes(),
+                crate::life::SECOND,
+            )
+            .await;
         assert!(answer.starts_with("HTTP/1.1 400"), "{host}: {answer}");
     }
 }

@@ -10,11 +10,19 @@ const PATH: &str = "/v1/completions";
 async fn prompts_in_their_shapes() {
     let server = Server::start().await;
     let one = server.completion(json!({"prompt": "say:hi|", "temperature": 0})).await;
-    assert_eq!(one["choices"][0], json!({"index": 0, "text": "hi", "logprobs": null, "finish_reason": "stop"}));
+    assert_eq!(
+        one["choices"][0],
+        json!({"index": 0, "text": "hi", "logprobs": null, "finish_reason": "stop"})
+    );
     assert_eq!(one["object"], "text_completion");
     assert_eq!(one["usage"]["completion_tokens"], 3);
     let two = server.completion(json!({"prompt": ["say:a|", "say:b|"], "n": 2, "temperature": 0})).await;
-    let texts: Vec<&str> = two["choices"].as_array().expect("choices").iter().map(|c| c["text"].as_str().expect("text")).collect();
+    let texts: Vec<&str> = two["choices"]
+        .as_array()
+        .expect("choices")
+        .iter()
+        .map(|c| c["text"].as_str().expect("text"))
+        .collect();
     assert_eq!(texts, ["a", "a", "b", "b"]);
     assert_eq!(two["usage"]["prompt_tokens"], 12);
     assert_eq!(two["usage"]["completion_tokens"], 8);
@@ -24,9 +32,23 @@ async fn prompts_in_their_shapes() {
     let lists = server.completion(json!({"prompt": [ids, b"say:x|".to_vec()], "temperature": 0})).await;
     assert_eq!(lists["choices"][1]["text"], "x");
     for wrong in [
-        json!([]), json!(""), json!([[]]), json!([""]), json!(7), json!({"a": 1}), json!(["a", 1]), json!([1, "a"]),
-        json!([-1]), json!([260]), json!([4294967297_u64]), json!([18446744073709551615_u64]), json!([1.5]),
-        json!([[1], "a"]), json!(null), json!([null]), json!([true]),
+        json!([]),
+        json!(""),
+        json!([[]]),
+        json!([""]),
+        json!(7),
+        json!({"a": 1}),
+        json!(["a", 1]),
+        json!([1, "a"]),
+        json!([-1]),
+        json!([260]),
+        json!([4294967297_u64]),
+        json!([18446744073709551615_u64]),
+        json!([1.5]),
+        json!([[1], "a"]),
+        json!(null),
+        json!([null]),
+        json!([true]),
     ] {
         let (_, param) = server.post(PATH, json!({"prompt": wrong})).await.error(400);
         assert!(param.starts_with("prompt"), "{wrong}: {param}");
@@ -73,11 +95,14 @@ async fn echo_and_scores() {
     let (events, _) = server.events(PATH, body).await;
     let text: String = events.iter().map(|e| e["choices"][0]["text"].as_str().expect("text")).collect();
     assert_eq!(text, choice["text"].as_str().expect("text"));
-    let logprobs: Vec<Value> =
-        events.iter().flat_map(|e| e["choices"][0]["logprobs"]["token_logprobs"].as_array().cloned().unwrap_or_default()).collect();
+    let logprobs: Vec<Value> = events
+        .iter()
+        .flat_map(|e| e["choices"][0]["logprobs"]["token_logprobs"].as_array().cloned().unwrap_or_default())
+        .collect();
     assert_eq!(logprobs, list("token_logprobs"));
 
-    let scored = server.completion(json!({"prompt": prompt, "echo": true, "logprobs": 1, "max_tokens": 0})).await;
+    let scored =
+        server.completion(json!({"prompt": prompt, "echo": true, "logprobs": 1, "max_tokens": 0})).await;
     assert_eq!(scored["choices"][0]["text"], prompt);
     assert_eq!(scored["choices"][0]["finish_reason"], "length");
     assert_eq!(scored["choices"][0]["logprobs"]["tokens"].as_array().expect("tokens").len(), prompt.len());
@@ -103,7 +128,9 @@ async fn tokenize_and_back() {
     let back = server.post("/detokenize", json!({"tokens": [104, 195, 169, 257]})).await;
     assert_eq!(back.body, json!({"prompt": "hé<|im_end|>"}));
     let chat = server.post("/tokenize", json!({"messages": [{"role": "user", "content": "x"}]})).await;
-    let render = server.post("/v1/chat/completions/render", json!({"messages": [{"role": "user", "content": "x"}]})).await;
+    let render = server
+        .post("/v1/chat/completions/render", json!({"messages": [{"role": "user", "content": "x"}]}))
+        .await;
     assert_eq!(chat.body["tokens"], render.body["token_ids"]);
     server.post("/detokenize", json!({"tokens": [260]})).await.error(400);
     server.post("/detokenize", json!({"tokens": [-1]})).await.error(400);

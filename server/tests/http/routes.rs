@@ -9,7 +9,8 @@ async fn models_by_every_name() {
     let server = Server::start().await;
     let list = server.get("/v1/models").await.body;
     assert_eq!(list["object"], "list");
-    let ids: Vec<&str> = list["data"].as_array().expect("a list").iter().map(|m| m["id"].as_str().expect("an id")).collect();
+    let ids: Vec<&str> =
+        list["data"].as_array().expect("a list").iter().map(|m| m["id"].as_str().expect("an id")).collect();
     assert_eq!(ids, ["tiny", "org/alias"]);
     for model in list["data"].as_array().expect("a list") {
         assert_eq!(model["object"], "model");
@@ -24,7 +25,9 @@ async fn models_by_every_name() {
     for path in ["/v1/models/other", "/v1/models/org", "/v1/models/..%2f..%2fetc%2fpasswd"] {
         assert_eq!(server.get(path).await.error(404).0, "model_not_found", "{path}");
     }
-    for path in ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/chat/completions/render"] {
+    for path in
+        ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/chat/completions/render"]
+    {
         let body = json!({"model": "gpt-9", "prompt": "x", "tokens": [1], "messages": [{"role": "user", "content": "x"}]});
         let answer = server.post(path, body).await;
         assert_eq!(answer.error(404), ("model_not_found".to_owned(), "model".to_owned()), "{path}");
@@ -62,7 +65,10 @@ async fn health_version_document_and_page() {
     let page = server.get("/docs").await;
     let html = page.body.as_str().expect("text");
     assert!(html.contains("/v1/chat/completions") && !html.contains("%DOCUMENT%"));
-    assert!(!html.contains("src=\"http") && !html.contains("href=\"http"), "the page loads nothing from elsewhere");
+    assert!(
+        !html.contains("src=\"http") && !html.contains("href=\"http"),
+        "the page loads nothing from elsewhere"
+    );
 }
 
 /// The request schema and the parser know the same parameters: each property, given a value of no legal type, is
@@ -114,14 +120,28 @@ async fn metrics_equal_the_usage() {
         assert_eq!(server.metric(&format!("{prefix}generation_tokens_total{{")).await, answer);
     }
     for name in [
-        "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc",
-        "vllm:num_preemptions_total", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total",
-        "vllm:request_success_total", "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket",
-        "vllm:time_per_output_token_seconds_bucket", "vllm:e2e_request_latency_seconds_bucket",
-        "vllm:request_queue_time_seconds_bucket", "vllm:request_prefill_time_seconds_bucket",
-        "vllm:request_decode_time_seconds_bucket", "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:gpu_cache_usage_perc",
+        "vllm:num_preemptions_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:request_success_total",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_bucket",
+        "vllm:time_per_output_token_seconds_bucket",
+        "vllm:e2e_request_latency_seconds_bucket",
+        "vllm:request_queue_time_seconds_bucket",
+        "vllm:request_prefill_time_seconds_bucket",
+        "vllm:request_decode_time_seconds_bucket",
+        "vllm:request_prompt_tokens_bucket",
+        "vllm:request_generation_tokens_bucket",
     ] {
-        let line = text.lines().find(|line| line.starts_with(&format!("{name}{{"))).unwrap_or_else(|| panic!("{name} in\n{text}"));
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(&format!("{name}{{")))
+            .unwrap_or_else(|| panic!("{name} in\n{text}"));
         assert!(line.contains("model_name=\"tiny\"") && line.contains("engine=\"0\""), "{line}");
     }
     let info = text.lines().find(|line| line.starts_with("vllm:cache_config_info{")).expect("the line");
@@ -155,7 +175,11 @@ async fn request_ids() {
     let server = Server::start().await;
     let with = async |id: &[u8]| {
         let value = reqwest::header::HeaderValue::from_bytes(id).expect("a value");
-        server.answer(server.client.get(server.url("/health")).header("x-request-id", value)).await.header("x-request-id").to_owned()
+        server
+            .answer(server.client.get(server.url("/health")).header("x-request-id", value))
+            .await
+            .header("x-request-id")
+            .to_owned()
     };
     assert_eq!(with(b"abc-123").await, "abc-123");
     assert_eq!(with(b"abc-123").await, "abc-123");
@@ -186,16 +210,23 @@ async fn a_failed_request_ends_alone() {
     assert!(!done, "no [DONE] after an error");
     assert_eq!(events.last().expect("events")["error"]["code"], "non_finite_logits");
     server.is_well().await;
-    assert_eq!(server.metric("vllm:request_success_total{model_name=\"tiny\",engine=\"0\",finished_reason=\"error\"}").await, 2.0);
+    assert_eq!(
+        server
+            .metric("vllm:request_success_total{model_name=\"tiny\",engine=\"0\",finished_reason=\"error\"}")
+            .await,
+        2.0
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_engine_is_told() {
-    let options = Options { backend: backend().fail_step(1, ingle_engine::StepFailure::Fatal), ..Options::default() };
+    let options =
+        Options { backend: backend().fail_step(1, ingle_engine::StepFailure::Fatal), ..Options::default() };
     let server = Server::with(options).await;
     let answer = server.post("/v1/chat/completions", chat_body("say:x|", json!({}))).await;
     assert_eq!(answer.error(503).0, "engine_dead");
     assert!(!answer.header("retry-after").is_empty());
-    let end = tokio::time::timeout(std::time::Duration::from_secs(5), server.task).await.expect("ends in time");
+    let end =
+        tokio::time::timeout(std::time::Duration::from_secs(5), server.task).await.expect("ends in time");
     assert!(matches!(end, Ok(Err(ingle::listen::ServeError::EngineDead))));
 }

@@ -51,10 +51,13 @@ pub(crate) fn tokenizer() -> Tokenizer {
     let mut added = Vec::new();
     for (i, name) in specials.iter().enumerate() {
         vocab.insert((*name).to_owned(), (256 + i).into());
-        added.push(json!({"id": 256 + i, "content": name, "single_word": false, "lstrip": false, "rstrip": false,
-            "normalized": false, "special": true}));
+        added.push(
+            json!({"id": 256 + i, "content": name, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true}),
+        );
     }
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
@@ -75,7 +78,11 @@ fn next_token(tokens: &[u32]) -> u32 {
     let Some((at, skip, repeats)) = order else {
         let start = turn.map_or(0, |turn| turn + 11);
         let said = &all[start.min(all.len())..];
-        return if turn.is_some() { b"ok".get(said.len()).map_or(IM_END, |b| u32::from(*b)) } else { u32::from(b'a') };
+        return if turn.is_some() {
+            b"ok".get(said.len()).map_or(IM_END, |b| u32::from(*b))
+        } else {
+            u32::from(b'a')
+        };
     };
     let text = &all[at + skip..];
     let text = &text[..text.iter().position(|b| *b == b'|').unwrap_or(text.len())];
@@ -112,6 +119,22 @@ impl Default for Options {
     }
 }
 
+/// A state over a new engine.
+pub(crate) fn state(options: Options) -> AppState {
+    let limits = Limits {
+        vocab_size: VOCAB,
+        max_model_len: MAX_LEN,
+        max_n: 8,
+        max_logprobs: 20,
+        max_token_list: 1024,
+    };
+    let engine = Engine::spawn(options.engine, limits, &[IM_END], options.backend).expect("an engine");
+    let tokenizer = Arc::new(tokenizer());
+    let template = Arc::new(ChatTemplate::from_source(TEMPLATE, None, &tokenizer).expect("a template"));
+    let text = Arc::new(TextModel { tokenizer, template: Some(template) });
+    AppState::new(options.app, engine, text, ModelCard::new("tiny")).expect("a state")
+}
+
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     pub(crate) engine: EngineHandle,
@@ -135,7 +158,8 @@ impl Answer {
     pub(crate) fn error(&self, status: u16) -> (String, String) {
         assert_eq!(self.status, status, "{}", self.body);
         assert_eq!(self.header("content-type"), "application/json");
-        let error = self.body["error"].as_object().unwrap_or_else(|| panic!("no error object: {}", self.body));
+        let error =
+            self.body["error"].as_object().unwrap_or_else(|| panic!("no error object: {}", self.body));
         let mut keys: Vec<&str> = error.keys().map(String::as_str).collect();
         keys.sort_unstable();
         assert_eq!(keys, ["code", "message", "param", "type"]);
@@ -151,18 +175,14 @@ impl Server {
     }
 
     pub(crate) async fn with(options: Options) -> Self {
-        let limits =
-            Limits { vocab_size: VOCAB, max_model_len: MAX_LEN, max_n: 8, max_logprobs: 20, max_token_list: 1024 };
-        let engine = Engine::spawn(options.engine, limits, &[IM_END], options.backend).expect("an engine");
-        let tokenizer = Arc::new(tokenizer());
-        let template = Arc::new(ChatTemplate::from_source(TEMPLATE, None, &tokenizer).expect("a template"));
-        let text = Arc::new(TextModel { tokenizer, template: Some(template) });
-        let state = AppState::new(options.app, engine.clone(), text, ModelCard::new("tiny")).expect("a state");
+        let listen = options.listen.clone();
+        let state = state(options);
+        let engine = state.engine().clone();
         let listener = Listener::tcp("127.0.0.1:0".parse().expect("an address")).expect("a port");
         let address = listener.local_addr().expect("an address");
         let (trigger, shutdown) = Shutdown::channel();
         let app = app_with_faults(state.clone());
-        let task = tokio::spawn(serve(vec![listener], app, state, options.listen, shutdown));
+        let task = tokio::spawn(serve(vec![listener], app, state, listen, shutdown));
         let client = reqwest::Client::builder().timeout(Duration::from_secs(20)).build().expect("a client");
         Self { address, engine, trigger, task, client }
     }
@@ -257,12 +277,14 @@ pub(crate) fn parse_events(text: &str) -> (Vec<Value>, bool) {
     let lines: Vec<&str> = text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
     let done = lines.last() == Some(&"[DONE]");
     assert_eq!(lines.iter().filter(|line| **line == "[DONE]").count(), usize::from(done));
-    let events = lines.iter().filter(|line| **line != "[DONE]").map(|line| serde_json::from_str(line).expect("JSON"));
+    let events =
+        lines.iter().filter(|line| **line != "[DONE]").map(|line| serde_json::from_str(line).expect("JSON"));
     (events.collect(), done)
 }
 
 pub(crate) fn chat_body(content: &str, extra: Value) -> Value {
-    let mut body = json!({"model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0});
+    let mut body =
+        json!({"model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0});
     for (name, value) in extra.as_object().expect("an object") {
         body[name] = value.clone();
     }
