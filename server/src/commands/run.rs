@@ -27,7 +27,14 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         eprintln!("{}\n", loaded.report.join("\n"));
     }
     let ids = encode(&loaded, args, &prompt)?;
-    let room = loaded.engine.limits().max_model_len.saturating_sub(ids.len());
+    let context = loaded.engine.limits().max_model_len;
+    let room = context.saturating_sub(ids.len());
+    if room == 0 {
+        bail!(
+            "the prompt has {} tokens, and the context of {context} leaves no room for an answer",
+            ids.len()
+        );
+    }
     let request = Request {
         max_tokens: args.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX)),
         prompt: ids,

@@ -1,0 +1,155 @@
+//! The commands and their settings.
+
+use ingle_tests::{Launch, TinyModel, command, gguf, ingle, run};
+use serde_json::{Value, json};
+
+use crate::{COMPLETIONS, completion};
+
+#[test]
+fn help_and_version_are_told() {
+    let help = ingle(&["--help"]);
+    assert_eq!(help.code, Some(0));
+    for word in ["serve", "run", "convert", "models"] {
+        assert!(help.stdout.contains(word), "{help:?}");
+    }
+    let serve = ingle(&["serve", "--help"]);
+    for word in ["--port", "INGLE_PORT", "8080", "--kv-cache-memory", "--api-key"] {
+        assert!(serve.stdout.contains(word), "{word} is missing: {}", serve.stdout);
+    }
+    assert_eq!(ingle(&["--version"]).stdout, format!("ingle {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(ingle(&[]).code, Some(2));
+    let mut key = command();
+    key.args(["serve", "--help"]).env("INGLE_API_KEY", "a-secret-key");
+    assert!(!run(key).stdout.contains("a-secret-key"), "help shows no secrets");
+}
+
+#[tokio::test]
+async fn run_answers_as_the_server_does() {
+    let model = TinyModel::llama();
+    let flags = ["--kv-cache-memory", "16", "--threads", "1"];
+    let raw = ingle(&[&["run", model.arg(), "Once upon", "--raw", "-n", "24"], &flags[..]].concat());
+    assert_eq!(raw.code, Some(0), "{raw:?}");
+    assert!(raw.stderr.contains("9 prompt tokens") && raw.stderr.contains("tokens/s"), "{raw:?}");
+    let chat = ingle(
+        &[&["run", model.arg(), "Once upon", "--system", "Be brief.", "-n", "24"], &flags[..]].concat(),
+    );
+    assert_eq!(chat.code, Some(0), "{chat:?}");
+    let server = Launch::at(model.path()).start().await;
+    let mut body = completion("Once upon", 24);
+    body["ignore_eos"] = json!(false);
+    let answer = server.post(COMPLETIONS, &body).await;
+    let text = answer.ok()["choices"][0]["text"].as_str().expect("a text");
+    assert_eq!(raw.stdout.trim(), text.trim());
+    let body = json!({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Once upon"}], "max_tokens": 24, "temperature": 0});
+    let answer = server.post(crate::CHAT, &body).await;
+    let text = answer.ok()["choices"][0]["message"]["content"].as_str().expect("a text");
+    assert_eq!(chat.stdout.trim(), text.trim());
+    assert_ne!(raw.stdout, chat.stdout);
+}
+
+#[test]
+fn run_says_what_is_wrong() {
+    let model = TinyModel::of("llama");
+    let long = "x".repeat(300);
+    let too_long = ingle(&["run", model.arg(), &long, "--raw", "--kv-cache-memory", "16"]);
+    assert_eq!(too_long.code, Some(1), "{too_long:?}");
+    assert!(too_long.error().contains("256"), "{too_long:?}");
+    let missing = ingle(&["run", "/no/such/model", "x"]);
+    assert_eq!(missing.code, Some(1));
+    assert!(missing.error().contains("/no/such/model"));
+}
+
+#[tokio::test]
+async fn a_converted_file_answers_as_the_model_it_came_from() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, out) = (folder.path().join("model.gguf"), folder.path().join("converted"));
+    let (file_arg, out_arg) = (file.to_str().expect("a plain path"), out.to_str().expect("a plain path"));
+    gguf(&file);
+    let converted = ingle(&["convert", file_arg, out_arg]);
+    assert_eq!(converted.code, Some(0), "{converted:?}");
+    assert!(converted.stdout.contains("LlamaForCausalLM with 21 tensors"), "{converted:?}");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        assert!(out.join(name).is_file(), "{name}");
+    }
+    // What is there is not replaced unasked.
+    let again = ingle(&["convert", file_arg, out_arg]);
+    assert_eq!(again.code, Some(1), "{again:?}");
+    assert!(again.error().contains("converted"), "{again:?}");
+    assert_eq!(ingle(&["convert", file_arg, out_arg, "--overwrite"]).code, Some(0));
+
+    let body = json!({"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 40, "temperature": 0, "ignore_eos": true, "logprobs": true, "top_logprobs": 2});
+    let mut answers = Vec::new();
+    let model = TinyModel::llama();
+    for path in [model.path(), &file, &out] {
+        let server = Launch::at(path).args(["--dtype", "f32"]).start().await;
+        answers.push(server.post(crate::CHAT, &body).await.ok()["choices"].clone());
+    }
+    assert_eq!(answers[1], answers[0], "from the GGUF file");
+    assert_eq!(answers[2], answers[0], "converted");
+}
+
+#[test]
+fn models_lists_what_is_there() {
+    let home = tempfile::tempdir().expect("a folder");
+    let list = |json: bool| {
+        let mut models = command();
+        models.args(["models", "--download-dir"]).arg(home.path().join("hub")).env("INGLE_HOME", home.path());
+        models.args(json.then_some("--json"));
+        let run = run(models);
+        assert_eq!(run.code, Some(0), "{run:?}");
+        run.stdout
+    };
+    assert!(list(false).contains("No models yet"));
+    assert_eq!(serde_json::from_str::<Value>(&list(true)).expect("JSON"), json!([]));
+    let folder = home.path().join("models/tiny");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for entry in std::fs::read_dir(TinyModel::llama().path()).expect("the model").flatten() {
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).expect("copied");
+    }
+    std::fs::create_dir_all(home.path().join("models/half")).expect("a folder");
+    assert!(list(false).contains("tiny"));
+    let models: Value = serde_json::from_str(&list(true)).expect("JSON");
+    assert_eq!([&models[0]["name"], &models[0]["complete"]], [&json!("half"), &json!(false)]);
+    assert_eq!([&models[1]["name"], &models[1]["complete"]], [&json!("tiny"), &json!(true)]);
+    assert!(models[1]["bytes"].as_u64() > Some(250_000), "{models}");
+}
+
+#[tokio::test]
+async fn flags_win_over_variables_and_variables_over_the_file() {
+    let model = TinyModel::llama();
+    let file = model.path().join("ingle.toml");
+    let text = "served-model-name = [\"from-file\", \"alias\"]\nmax-model-len = 1000\nmax_n = 2\n[serve]\ndefault-max-tokens = 5\n[run]\nthreads = 7\n";
+    std::fs::write(&file, text).expect("written");
+    let server = Launch::at(model.path())
+        .args(["--max-n".into(), "4".into(), "--config".into(), file.into_os_string()])
+        .env("INGLE_MAX_MODEL_LEN", "2000")
+        .env("INGLE_MAX_N", "3")
+        .start()
+        .await;
+    let models = server.get("/v1/models").await;
+    let names: Vec<_> =
+        models.ok()["data"].as_array().expect("a list").iter().map(|m| m["id"].clone()).collect();
+    assert_eq!(names, ["from-file", "alias"], "the file");
+    assert_eq!(models.ok()["data"][0]["max_model_len"], 2000, "the variable over the file");
+    let n = |n: u32| json!({"prompt": "x", "n": n, "max_tokens": 1});
+    assert_eq!(server.post(COMPLETIONS, &n(4)).await.status, 200, "the flag over both");
+    assert_eq!(server.post(COMPLETIONS, &n(5)).await.error()["param"], "n");
+    let answer = server.post(COMPLETIONS, &json!({"prompt": "x", "ignore_eos": true})).await;
+    assert_eq!(answer.ok()["usage"]["completion_tokens"], 5, "the command's own table");
+}
+
+#[tokio::test]
+async fn the_log_tells_what_was_loaded() {
+    let server = Launch::tiny().args(["--log-format", "json"]).start().await;
+    let mut text = String::new();
+    for line in server.log() {
+        let line: Value = serde_json::from_str(&line).expect("every line is JSON");
+        text.push_str(line["message"].as_str().unwrap_or_default());
+        text.push('\n');
+    }
+    for word in
+        ["LlamaForCausalLM", "bf16", "kv cache   4096 blocks of 16 tokens, 16 MiB", "1 threads", "ready "]
+    {
+        assert!(text.contains(word), "{word:?} is missing:\n{text}");
+    }
+}

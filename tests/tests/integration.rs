@@ -1,0 +1,53 @@
+//! The running binary against what is promised of it: one module per promise.
+
+mod batching_equivalence;
+mod cancellation;
+mod cli;
+mod hostile;
+mod memory;
+mod metrics;
+mod openai_api;
+mod overload;
+mod preemption;
+mod prefix_cache;
+mod shutdown;
+mod smollm2;
+mod start_errors;
+mod streaming;
+mod tidy;
+
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+/// A greedy chat request for exactly `max_tokens` tokens.
+fn chat(content: &str, max_tokens: u32) -> Value {
+    json!({
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
+    })
+}
+
+/// A greedy completion request for exactly `max_tokens` tokens.
+fn completion(prompt: impl Into<Value>, max_tokens: u32) -> Value {
+    json!({"prompt": prompt.into(), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
+}
+
+/// `body` with the fields of `more` put in.
+fn with(mut body: Value, more: Value) -> Value {
+    let Value::Object(more) = more else { panic!("fields are wanted, not {more}") };
+    for (name, value) in more {
+        body[&name] = value;
+    }
+    body
+}
+
+/// Everything of an answer that must not depend on what else ran: text, reason, and tokens with their probabilities.
+fn essence(answer: &Value) -> Value {
+    let mut choices = answer["choices"].clone();
+    for choice in choices.as_array_mut().expect("choices") {
+        assert!(choice["finish_reason"].is_string(), "{choice}");
+    }
+    json!([choices, answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]])
+}
