@@ -87,9 +87,7 @@ async fn a_storm_of_leavers_costs_the_others_nothing() {
         let body = with(completion(format!("leaver {round}"), MANY), json!({"stream": round % 2 == 0}));
         let sent = server.request(COMPLETIONS, body.to_string()).send();
         // Some leave before the answer begins, some after.
-        let _ =
-            timeout(Duration::from_millis(round % 8), async { sent.await.map(|response| drop(response)) })
-                .await;
+        let _ = timeout(Duration::from_millis(round % 8), async { sent.await.map(drop) }).await;
         if round % 10 == 0 {
             let text = server.post(COMPLETIONS, &stays).await.ok()["choices"][0]["text"].clone();
             assert_eq!(text, alone, "round {round}");
