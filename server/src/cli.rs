@@ -288,7 +288,7 @@ fn from_file(path: &PathBuf, name: &str, matches: &clap::ArgMatches) -> Result<V
     let root = Cli::command();
     let commands: Vec<&str> = root.get_subcommands().map(clap::Command::get_name).collect();
     let own = table.get(name).and_then(toml::Value::as_table).cloned().unwrap_or_default();
-    table.retain(|key, value| !(value.is_table() && commands.iter().any(|name| key == *name)));
+    table.retain(|key, value| !(value.is_table() && commands.contains(&key)));
     table.extend(own);
     let command = root.find_subcommand(name).ok_or_else(|| fail(format!("no command {name}")))?;
     let mut flags = Vec::new();

@@ -252,6 +252,8 @@ impl<B: Backend> Thread<B> {
                 && client.started.is_none()
             {
                 client.started = Some(begin);
+                let cached = self.scheduler.cached_tokens(part.request);
+                client.reader.cached_tokens.store(cached, Ordering::Relaxed);
                 self.stats.prompt_tokens += client.prompt_tokens;
             }
         }

@@ -5,7 +5,7 @@
 //! a step.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -89,6 +89,8 @@ pub(crate) struct ReaderState {
     pub(crate) paused: AtomicBool,
     /// Events read.
     pub(crate) reads: AtomicU64,
+    /// Prompt tokens found in the cache; set before the first event.
+    pub(crate) cached_tokens: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -329,6 +331,12 @@ impl TokenStream {
         }
         let event = self.receiver.recv().await;
         Some(self.took(event))
+    }
+
+    /// Prompt tokens found in the cache; known from the first event on, also to those who end a request early.
+    #[must_use]
+    pub fn cached_tokens(&self) -> u32 {
+        self.reader.cached_tokens.load(Ordering::Relaxed)
     }
 
     /// The next event, for threads without a runtime.

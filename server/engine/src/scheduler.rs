@@ -144,6 +144,12 @@ impl Scheduler {
         }
     }
 
+    /// Prompt tokens of `request` that were found in the cache, so far as it has been looked for.
+    #[must_use]
+    pub fn cached_tokens(&self, request: RequestId) -> u32 {
+        self.groups.get(&request).map_or(0, |group| group.usage.cached_tokens)
+    }
+
     /// Whether the longest sequence of `request` fits into the cache of `config`.
     ///
     /// # Errors

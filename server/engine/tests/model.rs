@@ -22,7 +22,6 @@ fn spawn(model: &str, num_blocks: usize, config: EngineConfig) -> EngineHandle {
         budget: KvBudget::Blocks(num_blocks),
         max_model_len: None,
         max_num_seqs: config.max_num_seqs,
-        vocab_size: None,
     };
     let runner = ModelRunner::load(&fixture(model), &load, &cache).expect("a model");
     let config = runner.engine_config(config);

@@ -220,6 +220,7 @@ impl Driver {
         let idx = usize::from(choice);
         let Some(slot) = self.choices.get_mut(idx).filter(|slot| !slot.done) else { return };
         self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
+        self.counts.cached_tokens = self.stream.as_ref().map_or(0, TokenStream::cached_tokens);
         self.times.token(self.state.metrics(), idx);
         self.counts.completion_tokens = self.counts.completion_tokens.saturating_add(1);
         let text = slot.detokenizer.push(id);
@@ -279,7 +280,6 @@ impl Driver {
         }
         let all_done = self.choices.iter().all(|choice| choice.done);
         if all_done {
-            // A stop string ends a request the engine would go on with: what is cached is known only from its stream.
             self.stream = None;
             self.times.finish(self.state.metrics(), reason, self.counts, self.last_usage);
         }

@@ -13,8 +13,8 @@ const LOWEST: f32 = -9999.0;
 
 /// `logprob` as JSON can say it.
 pub(crate) fn finite(logprob: f32) -> f32 {
-    // NaN never gets here: the engine ends such a request. Were it to, `max` gives the bound.
-    logprob.max(LOWEST).min(0.0)
+    // NaN never gets here: the engine ends such a request. Were it to, it would be the bound.
+    if logprob > LOWEST { logprob.min(0.0) } else { LOWEST }
 }
 
 /// Ids to the bytes they stand for.
