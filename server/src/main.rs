@@ -2,6 +2,7 @@
 //!
 //! 0: done; 1: it failed; 2: the command line, a setting or an address cannot be used.
 
+use std::io;
 use std::process::ExitCode;
 
 use ingle::cli::{self, Command};
@@ -20,8 +21,14 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has read enough, as `head` does.
+        Err(error)
+            if error.downcast_ref().is_some_and(|e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe) =>
+        {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            commands::complain(&error);
             ExitCode::FAILURE
         }
     }

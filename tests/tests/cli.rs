@@ -1,5 +1,7 @@
 //! The commands and their settings.
 
+use std::process::Stdio;
+
 use ingle_tests::{Launch, TinyModel, command, gguf, ingle, run};
 use serde_json::{Value, json};
 
@@ -45,6 +47,53 @@ async fn run_answers_as_the_server_does() {
     let text = answer.ok()["choices"][0]["message"]["content"].as_str().expect("a text");
     assert_eq!(chat.stdout.trim(), text.trim());
     assert_ne!(raw.stdout, chat.stdout);
+}
+
+#[test]
+fn a_prompt_can_come_from_standard_input() {
+    let model = TinyModel::llama();
+    let prompt = model.path().join("prompt.txt");
+    std::fs::write(&prompt, "Once upon").expect("written");
+    let answer = |prompt: &str, input: Stdio| {
+        let mut command = command();
+        command.args(["run", model.arg(), prompt, "-n", "24", "--kv-cache-memory", "16"]).stdin(input);
+        run(command).stdout
+    };
+    let from_file = answer("-", std::fs::File::open(&prompt).expect("written above").into());
+    assert_eq!(from_file, answer("Once upon", Stdio::null()));
+    assert!(!from_file.is_empty());
+}
+
+/// As `ingle models | head -0` would: the reader is gone before anything is written.
+#[test]
+fn readers_and_listeners_may_leave() {
+    let model = TinyModel::llama();
+    let home = model.path().as_os_str();
+    let closed = || {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        writer
+    };
+    let prints: [&[&str]; 3] = [
+        &["models"],
+        &["models", "--json"],
+        &["run", model.arg(), "x", "-n", "99", "--kv-cache-memory", "16"],
+    ];
+    for args in prints {
+        let mut command = command();
+        command.args(args).env("INGLE_HOME", home).env("HF_HOME", home);
+        let output = command.stdout(closed()).stderr(Stdio::piped()).output().expect("it runs");
+        assert_eq!(output.status.code(), Some(0), "{args:?} {output:?}");
+        assert!(output.stderr.is_empty(), "{args:?} {output:?}");
+    }
+    for (args, code) in [
+        (["run", "/no/such", "x"], 1),
+        (["serve", "/no/such", "--port=0"], 1),
+        (["serve", "m", "--log=a=b=c"], 2),
+    ] {
+        let status = command().args(args).stdout(Stdio::null()).stderr(closed()).status().expect("it runs");
+        assert_eq!(status.code(), Some(code), "{args:?}");
+    }
 }
 
 #[test]

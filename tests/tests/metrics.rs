@@ -25,6 +25,11 @@ async fn counters_are_the_sum_of_usage_and_gauges_return_to_zero() {
                 with(chat("the same beginning of all of these", 10), json!({"n": 3, "temperature": 1})),
             ),
             2 => (COMPLETIONS, completion(json!(["one", "two", "three"]), 7)),
+            // A prompt that may be cached, and an end by a stop string, at which the engine would go on.
+            _ if i % 8 == 3 => (
+                COMPLETIONS,
+                with(completion("what comes is a word with w ".repeat(4), 200), json!({"stop": "w"})),
+            ),
             _ => (
                 COMPLETIONS,
                 with(

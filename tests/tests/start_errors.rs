@@ -180,8 +180,15 @@ fn a_tokenizer_or_template_that_cannot_be_used() {
     std::fs::remove_file(model.path().join("tokenizer.json")).expect("removed");
     check(&serve(model.arg(), &[]), 1, &["tokenizer.json"]);
     let model = TinyModel::llama();
-    model.edit("tokenizer_config.json", |config| config["chat_template"] = json!("{% for %}"));
-    check(&serve(model.arg(), &[]), 1, &["template"]);
+    // The second would print for years, the third for ever.
+    for template in [
+        "{% for %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    ] {
+        model.edit("tokenizer_config.json", |config| config["chat_template"] = json!(template));
+        check(&serve(model.arg(), &[]), 1, &["template"]);
+    }
     check(&serve(TinyModel::llama().arg(), &["--chat-template", "/no/such.jinja"]), 1, &["/no/such.jinja"]);
 }
 

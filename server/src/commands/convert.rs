@@ -1,5 +1,7 @@
 //! `ingle convert`: a GGUF file as a safetensors folder.
 
+use std::io::Write;
+
 use anyhow::bail;
 use ingle_engine::{ConvertDtype, ConvertOptions};
 
@@ -26,13 +28,14 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         bar.set_position(progress.done as u64);
     })?;
     bar.finish_and_clear();
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{}: {} with {} tensors, {:.1} M parameters, {:.0} MiB",
         args.out_dir.display(),
         report.architecture,
         report.num_tensors,
         report.num_parameters as f64 / 1e6,
         report.num_bytes as f64 / (1 << 20) as f64,
-    );
+    )?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `ingle models`: what is on this machine.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -31,24 +32,31 @@ pub fn models(args: &ModelsArgs) -> anyhow::Result<()> {
         complete: model.complete,
         path: model.path,
     }));
+    let mut out = std::io::stdout().lock();
     if args.json {
         let list: Vec<_> = entries
             .iter()
             .map(|e| json!({"name": e.name, "bytes": e.bytes, "complete": e.complete, "path": e.path}))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&list)?)?;
         return Ok(());
     }
     if entries.is_empty() {
-        println!(
+        writeln!(
+            out,
             "No models yet. `ingle serve ORG/NAME` downloads one from the hub; `scripts/demo` gets a small one."
-        );
+        )?;
         return Ok(());
     }
     let width = entries.iter().map(|e| e.name.chars().count()).max().unwrap_or(0);
     for Entry { name, bytes, complete, path } in entries {
         let state = if complete { "" } else { "  (incomplete)" };
-        println!("{name:width$}  {:>8.0} MiB  {}{state}", bytes as f64 / (1 << 20) as f64, path.display());
+        writeln!(
+            out,
+            "{name:width$}  {:>8.0} MiB  {}{state}",
+            bytes as f64 / (1 << 20) as f64,
+            path.display()
+        )?;
     }
     Ok(())
 }

@@ -24,7 +24,8 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     }
     let loaded = load(&args.model, &args.load, &EngineSizes { max_num_queued_reqs: 1, max_n: 1 })?;
     if std::io::stderr().is_terminal() {
-        eprintln!("{}\n", loaded.report.join("\n"));
+        // Nobody need listen there.
+        let _ = writeln!(std::io::stderr(), "{}\n", loaded.report.join("\n"));
     }
     let ids = encode(&loaded, args, &prompt)?;
     let context = loaded.engine.limits().max_model_len;
@@ -65,7 +66,8 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
                 let seconds = first.elapsed().as_secs_f64();
                 let speed = f64::from(usage.completion_tokens.saturating_sub(1)) / seconds.max(1e-9);
                 let cut = if reason == FinishReason::Length { "; cut at the limit" } else { "" };
-                eprintln!(
+                let _ = writeln!(
+                    std::io::stderr(),
                     "\n{} prompt tokens, first token after {:.0} ms, {} answer tokens at {speed:.1} tokens/s{cut}",
                     usage.prompt_tokens,
                     first.duration_since(begin).as_secs_f64() * 1e3,

@@ -22,18 +22,12 @@ use crate::state::{AppConfig, AppState, ModelCard};
 pub fn serve(args: &ServeArgs) -> ExitCode {
     let log = match logging::start(args.log_format, &args.log) {
         Ok(guard) => guard,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return ExitCode::from(2);
-        }
+        Err(error) => return fail(2, &error),
     };
     let runtime =
         match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("ingle-http").build() {
             Ok(runtime) => runtime,
-            Err(error) => {
-                eprintln!("error: no threads for the server: {error}");
-                return ExitCode::FAILURE;
-            }
+            Err(error) => return fail(1, &anyhow::anyhow!("no threads for the server: {error}")),
         };
     let status = runtime.block_on(serve_here(args));
     // Threads that still compute for cut requests are not waited for.
@@ -97,7 +91,7 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
 }
 
 fn fail(status: u8, error: &anyhow::Error) -> ExitCode {
-    eprintln!("error: {error:#}");
+    super::complain(error);
     ExitCode::from(status)
 }
 
