@@ -21,7 +21,8 @@ fn facts_are_true() {
     assert_eq!(info.dtype, DType::BF16);
     // Matrices as bf16, the five norms as f32; the tied head takes nothing.
     assert_eq!(info.weight_bytes, 2 * info.num_parameters + 2 * 5 * 48);
-    assert_eq!(info.kv_bytes_per_token, 2 * 2 * 2 * 12 * 4);
+    // Keys and values of two layers, two heads of width 12, in the type of the weights.
+    assert_eq!(info.kv_bytes_per_token, 2 * 2 * 2 * 12 * 2);
 }
 
 #[test]

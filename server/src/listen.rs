@@ -236,54 +236,71 @@ async fn engine_died(state: &AppState) {
 }
 
 async fn accept_loop(listener: Listener, shared: Arc<Shared>) {
-    let permits = Arc::new(Semaphore::new(shared.config.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
-    let reserve = Arc::new(Semaphore::new(RESERVE));
+    let places = Places::new(shared.config.max_connections);
     let mut last_complaint: Option<Instant> = None;
     loop {
+        // A place first: who is not accepted yet waits in the system's queue.
+        let place = tokio::select! {
+            () = shared.stop.cancelled() => return,
+            place = places.any() => place,
+        };
         let accepted = tokio::select! {
             () = shared.stop.cancelled() => return,
-            accepted = async {
-                let permit = permit(&permits, &reserve).await;
-                (permit, listener.accept().await)
-            } => accepted,
+            accepted = listener.accept() => accepted,
         };
-        let (permit, class) = match accepted {
-            (Some((permit, class)), Ok(stream)) => {
+        match accepted {
+            Ok(stream) => {
+                let (permit, class) = places.better(place);
                 let shared = Arc::clone(&shared);
                 shared.open.fetch_add(1, Ordering::AcqRel);
                 match stream {
                     Accepted::Tcp(stream) => tokio::spawn(connection::run(stream, class, permit, shared)),
                     Accepted::Unix(stream) => tokio::spawn(connection::run(stream, class, permit, shared)),
                 };
-                continue;
             }
-            (permit, Ok(_)) => (permit.map(|(permit, _)| permit), "no permit".to_owned()),
-            (permit, Err(error)) => {
-                if is_of_one_connection(&error) {
-                    continue;
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                if last_complaint.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
+                    tracing::error!(%error, "cannot accept connections for now");
+                    last_complaint = Some(Instant::now());
                 }
-                (permit.map(|(permit, _)| permit), error.to_string())
+                // Out of descriptors or memory: asking again at once would only burn time.
+                sleep(Duration::from_millis(100)).await;
             }
-        };
-        drop(permit);
-        if last_complaint.is_none_or(|at| at.elapsed() > Duration::from_secs(5)) {
-            tracing::error!(error = %class, "cannot accept connections for now");
-            last_complaint = Some(Instant::now());
         }
-        // Out of descriptors or memory: asking again at once would only burn time.
-        sleep(Duration::from_millis(100)).await;
     }
 }
 
-/// A permit of the ordinary kind, or of the reserve; waits if there is none of either.
-async fn permit(permits: &Arc<Semaphore>, reserve: &Arc<Semaphore>) -> Option<(OwnedSemaphorePermit, Class)> {
-    if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
-        return Some((permit, Class::Ordinary));
+/// Places for connections: the ordinary ones, and the reserve.
+struct Places {
+    ordinary: Arc<Semaphore>,
+    reserve: Arc<Semaphore>,
+}
+
+type Place = (OwnedSemaphorePermit, Class);
+
+impl Places {
+    fn new(ordinary: usize) -> Self {
+        let ordinary = Arc::new(Semaphore::new(ordinary.clamp(1, Semaphore::MAX_PERMITS)));
+        Self { ordinary, reserve: Arc::new(Semaphore::new(RESERVE)) }
     }
-    tokio::select! {
-        biased;
-        permit = Arc::clone(permits).acquire_owned() => Some((permit.ok()?, Class::Ordinary)),
-        permit = Arc::clone(reserve).acquire_owned() => Some((permit.ok()?, Class::Reserve)),
+
+    /// An ordinary place if there is one, else one of the reserve; waits if there is none of either.
+    async fn any(&self) -> Place {
+        const OPEN: &str = "the semaphore is never closed";
+        tokio::select! {
+            biased;
+            permit = Arc::clone(&self.ordinary).acquire_owned() => (permit.expect(OPEN), Class::Ordinary),
+            permit = Arc::clone(&self.reserve).acquire_owned() => (permit.expect(OPEN), Class::Reserve),
+        }
+    }
+
+    /// `place`, or an ordinary one for it: one may have become free while nobody came.
+    fn better(&self, place: Place) -> Place {
+        match (place.1, Arc::clone(&self.ordinary).try_acquire_owned()) {
+            (Class::Reserve, Ok(permit)) => (permit, Class::Ordinary),
+            _ => place,
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use axum::{
     body::{Body, BodyDataStream, Bytes},
     extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -117,8 +117,11 @@ pub(crate) async fn drain_body(request: Request, next: Next) -> Response {
     });
     let response = next.run(Request::from_parts(parts, Body::from_stream(reader))).await;
     let rest = shared.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let status = response.status();
+    // A body that was too slow has had its time.
     if let Some(rest) = rest
-        && response.status().as_u16() >= 400
+        && status.as_u16() >= 400
+        && status != StatusCode::REQUEST_TIMEOUT
     {
         // Too slow is not our loss: the answer goes out and the connection ends.
         let _ = tokio::time::timeout(DRAIN_TIME, throw_away(rest)).await;

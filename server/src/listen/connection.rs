@@ -61,10 +61,8 @@ pub(super) struct Shared {
     pub(super) stop: CancellationToken,
     /// Connections that are open.
     pub(super) open: AtomicUsize,
-    /// Told when a connection closes or a request ends.
+    /// Told when a connection closes.
     changed: Notify,
-    /// Requests whose answer is not complete.
-    active: AtomicUsize,
 }
 
 impl Shared {
@@ -77,7 +75,6 @@ impl Shared {
             stop: CancellationToken::new(),
             open: AtomicUsize::new(0),
             changed: Notify::new(),
-            active: AtomicUsize::new(0),
         }
     }
 
@@ -210,7 +207,7 @@ async fn answer(
     shared: Arc<Shared>,
     watch: Arc<Watch>,
 ) -> Result<Response, Infallible> {
-    let active = Active::new(Arc::clone(&watch), Arc::clone(&shared));
+    let active = Active::new(Arc::clone(&watch));
     watch.asked.store(true, Ordering::Release);
     let mut request = request.map(Body::new);
     if watch.head().is_odd(request.headers().contains_key(header::TRANSFER_ENCODING)) {
@@ -230,22 +227,18 @@ async fn answer(
 /// A request that is being answered.
 struct Active {
     watch: Arc<Watch>,
-    shared: Arc<Shared>,
 }
 
 impl Active {
-    fn new(watch: Arc<Watch>, shared: Arc<Shared>) -> Self {
+    fn new(watch: Arc<Watch>) -> Self {
         watch.active.fetch_add(1, Ordering::AcqRel);
-        shared.active.fetch_add(1, Ordering::AcqRel);
-        Self { watch, shared }
+        Self { watch }
     }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
         self.watch.active.fetch_sub(1, Ordering::AcqRel);
-        self.shared.active.fetch_sub(1, Ordering::AcqRel);
-        self.shared.changed.notify_waiters();
     }
 }
 

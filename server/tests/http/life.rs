@@ -235,3 +235,64 @@ async fn many_at_once_get_their_own_answers() {
     until("empty", || server.engine.stats().outstanding == 0).await;
     assert_eq!(server.engine.stats().kv_blocks_used, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_is_given_up() {
+    let listen = ListenConfig { write_timeout: Duration::from_millis(500), ..ListenConfig::default() };
+    let server = Server::with(Options { listen, ..Options::default() }).await;
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4096).expect("a size");
+    let mut socket = socket.connect(server.address).await.expect("a connection");
+    // Pages that nobody reads fill what the system keeps between the two.
+    let ask = "GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n".repeat(200);
+    socket.write_all(ask.as_bytes()).await.expect("sent");
+    sleep(2 * SECOND).await;
+    let got = read_all(&mut socket, SECOND).await;
+    let answers = got.matches("HTTP/1.1 200").count();
+    assert!(answers < 200, "the connection was cut before all answers: {answers}");
+    server.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unix_socket_serves_and_is_removed() {
+    use ingle::listen::{Listener, Server as Accepting, Shutdown};
+    use tokio::io::AsyncReadExt;
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("ingle.sock");
+    // Left by a process that is gone.
+    drop(std::os::unix::net::UnixListener::bind(&path).expect("a socket"));
+    let listener = Listener::unix(&path).expect("replaces it");
+    assert!(Listener::unix(&path).is_err(), "in use");
+    let (trigger, shutdown) = Shutdown::channel();
+    let accepting = Accepting::start(vec![listener], ListenConfig::default());
+    let ask = async |route: &str| {
+        let mut socket = tokio::net::UnixStream::connect(&path).await.expect("a connection");
+        socket
+            .write_all(format!("GET {route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+            .await
+            .expect("sent");
+        let mut text = String::new();
+        socket.read_to_string(&mut text).await.expect("an answer");
+        text
+    };
+    assert!(ask("/health").await.starts_with("HTTP/1.1 200"));
+    let loading = ask("/v1/models").await;
+    assert!(loading.starts_with("HTTP/1.1 503") && loading.contains("\"loading\""), "{loading}");
+    let state = crate::support::state(Options::default());
+    let task = tokio::spawn(accepting.run(ingle::app(state.clone()), state, shutdown));
+    until_async(async || ask("/ready").await.starts_with("HTTP/1.1 200")).await;
+    trigger.fire();
+    tokio::time::timeout(3 * SECOND, task).await.expect("ends").expect("no panic").expect("ok");
+    assert!(!path.exists());
+}
+
+async fn until_async(holds: impl AsyncFn() -> bool) {
+    for _ in 0..100 {
+        if holds().await {
+            return;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    panic!("did not happen");
+}

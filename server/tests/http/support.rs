@@ -119,6 +119,22 @@ impl Default for Options {
     }
 }
 
+/// A state over a new engine.
+pub(crate) fn state(options: Options) -> AppState {
+    let limits = Limits {
+        vocab_size: VOCAB,
+        max_model_len: MAX_LEN,
+        max_n: 8,
+        max_logprobs: 20,
+        max_token_list: 1024,
+    };
+    let engine = Engine::spawn(options.engine, limits, &[IM_END], options.backend).expect("an engine");
+    let tokenizer = Arc::new(tokenizer());
+    let template = Arc::new(ChatTemplate::from_source(TEMPLATE, None, &tokenizer).expect("a template"));
+    let text = Arc::new(TextModel { tokenizer, template: Some(template) });
+    AppState::new(options.app, engine, text, ModelCard::new("tiny")).expect("a state")
+}
+
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     pub(crate) engine: EngineHandle,
@@ -159,24 +175,14 @@ impl Server {
     }
 
     pub(crate) async fn with(options: Options) -> Self {
-        let limits = Limits {
-            vocab_size: VOCAB,
-            max_model_len: MAX_LEN,
-            max_n: 8,
-            max_logprobs: 20,
-            max_token_list: 1024,
-        };
-        let engine = Engine::spawn(options.engine, limits, &[IM_END], options.backend).expect("an engine");
-        let tokenizer = Arc::new(tokenizer());
-        let template = Arc::new(ChatTemplate::from_source(TEMPLATE, None, &tokenizer).expect("a template"));
-        let text = Arc::new(TextModel { tokenizer, template: Some(template) });
-        let state =
-            AppState::new(options.app, engine.clone(), text, ModelCard::new("tiny")).expect("a state");
+        let listen = options.listen.clone();
+        let state = state(options);
+        let engine = state.engine().clone();
         let listener = Listener::tcp("127.0.0.1:0".parse().expect("an address")).expect("a port");
         let address = listener.local_addr().expect("an address");
         let (trigger, shutdown) = Shutdown::channel();
         let app = app_with_faults(state.clone());
-        let task = tokio::spawn(serve(vec![listener], app, state, options.listen, shutdown));
+        let task = tokio::spawn(serve(vec![listener], app, state, listen, shutdown));
         let client = reqwest::Client::builder().timeout(Duration::from_secs(20)).build().expect("a client");
         Self { address, engine, trigger, task, client }
     }
