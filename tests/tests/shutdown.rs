@@ -6,16 +6,20 @@ use ingle_tests::{Answer, Events, Launch, PATIENCE, TestServer, TinyModel};
 use reqwest::Client;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tokio::{task::JoinHandle, time::sleep};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+    time::sleep,
+};
 
 use crate::{CHAT, chat};
 
 /// Waits until `/ready` says that the server goes down.
 async fn until_draining(server: &TestServer) {
     for _ in 0..2000 {
-        // The signal may close a connection that has not brought its request yet; the next one is answered.
-        let Ok(response) = server.client.get(server.url("/ready")).send().await else { continue };
-        let answer = Answer::read(response).await;
+        // The signal may come between a connection and its request: that, too, must be answered.
+        let answer = server.get("/ready").await;
         if answer.status == 503 {
             assert_eq!(answer.error()["code"], "draining");
             assert!(answer.headers.contains_key("retry-after"));
@@ -87,6 +91,21 @@ async fn the_drain_has_a_deadline() {
     for task in tasks {
         assert_ne!(task.await.expect("no panic").last().map(String::as_str), Some("[DONE]"));
     }
+}
+
+#[tokio::test]
+async fn a_request_that_is_on_its_way_is_answered() {
+    let mut server = TestServer::start().await;
+    let mut socket = TcpStream::connect(server.address()).await.expect("a connection");
+    // The server has accepted it by the time it answers another.
+    server.is_well().await;
+    server.signal(Signal::TERM);
+    server.wait_for_line("shutting down").await;
+    socket.write_all(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n").await.expect("sent");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.expect("an answer, then the end");
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("draining"), "{answer:?}");
+    assert_eq!(server.exit().await, Some(0));
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{Notify, OwnedSemaphorePermit},
-    time::{Sleep, sleep},
+    time::{Instant, Sleep, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -46,6 +46,8 @@ const MAX_HEAD: usize = 64 << 10;
 const MAX_HEADERS: usize = 100;
 /// How often a connection is looked at while the server goes down.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Time that a connection without a request gets to bring its first one while the server goes down.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Shared by all connections of a server.
 pub(super) struct Shared {
@@ -109,6 +111,8 @@ pub(super) enum Class {
 struct Watch {
     /// A lock, because hyper owns the socket and the service; both run on the connection's own task.
     head: Mutex<Head>,
+    /// Whether a request has come.
+    asked: AtomicBool,
     active: AtomicUsize,
     write_waits: AtomicBool,
 }
@@ -145,6 +149,7 @@ where
     let _permit = permit;
     let watch = Arc::new(Watch {
         head: Mutex::new(Head::new()),
+        asked: AtomicBool::new(false),
         active: AtomicUsize::new(0),
         write_waits: AtomicBool::new(false),
     });
@@ -173,16 +178,25 @@ where
         () = shared.stop.cancelled() => return,
         () = shared.drain.cancelled() => {}
     }
-    if !late {
-        connection.as_mut().graceful_shutdown();
-    }
-    // hyper waits for the first head of a new connection; we do not, but for one that comes to ask after us.
-    let patience = if late { header_timeout.min(Duration::from_secs(1)) } else { LOOK_EVERY };
+    // hyper's graceful end closes a connection whose first request is still on its way, and the client could not know
+    // whether that request was run. So a connection that has asked nothing yet gets a moment to do so.
+    let moment = Instant::now() + header_timeout.min(FIRST_REQUEST);
+    let mut told = late;
     loop {
+        let asked = watch.asked.load(Ordering::Acquire);
+        if asked && !told {
+            connection.as_mut().graceful_shutdown();
+            told = true;
+        }
         tokio::select! {
             _ = connection.as_mut() => return,
             () = shared.stop.cancelled() => return,
-            () = sleep(patience) => if watch.is_idle() { return },
+            () = sleep(LOOK_EVERY) => {
+                let may_ask = !asked && Instant::now() < moment;
+                if watch.is_idle() && !may_ask {
+                    return;
+                }
+            }
         }
     }
 }
@@ -194,6 +208,7 @@ async fn answer(
     watch: Arc<Watch>,
 ) -> Result<Response, Infallible> {
     let active = Active::new(Arc::clone(&watch));
+    watch.asked.store(true, Ordering::Release);
     let mut request = request.map(Body::new);
     if watch.head().is_odd(request.headers().contains_key(header::TRANSFER_ENCODING)) {
         request.extensions_mut().insert(OddFraming);
