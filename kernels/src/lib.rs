@@ -2,7 +2,7 @@
 //!
 //! [`ops`] holds the operations a transformer needs, on candle tensors; each picks an implementation by device:
 //!
-//! 1. [`reference`]: the plain formula in candle ops. It runs on every candle device and is the oracle of the tests.
+//! 1. [`mod@reference`]: the plain formula in candle ops. It runs on every candle device and is the oracle of the tests.
 //! 2. `cpu`: our own kernels, chosen at run time by what the processor can do.
 //!
 //! Arguments are checked here, once for all implementations.
