@@ -16,5 +16,33 @@ pub use serve::serve;
 /// Unlike `eprintln!` it does not panic when nobody listens there any more.
 pub fn complain(error: &anyhow::Error) {
     use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+    let _ = writeln!(std::io::stderr(), "error: {}", describe(error));
+}
+
+/// The error and its causes in one line; a cause that the sentence already tells is not told again.
+fn describe(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::describe;
+    use anyhow::{Context, anyhow};
+
+    #[test]
+    fn causes_are_told_once() {
+        let cause = || Err::<(), _>(anyhow!("no such file"));
+        assert_eq!(describe(&cause().context("config.json").unwrap_err()), "config.json: no such file");
+        assert_eq!(
+            describe(&cause().context("config.json: no such file").unwrap_err()),
+            "config.json: no such file"
+        );
+        assert_eq!(describe(&anyhow!("two\nlines")), "two lines");
+    }
 }
