@@ -18,6 +18,13 @@ pub struct Weight {
     storage: Storage,
 }
 
+/// How weights are rounded when they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// Signed bytes, symmetric, one f32 scale an output feature. Activations stay f32.
+    Int8,
+}
+
 #[derive(Debug, Clone)]
 pub(crate) enum Storage {
     /// In the layout of the CPU kernels.
@@ -37,6 +44,24 @@ impl Weight {
         }
         let (rows, cols) = check_parts(parts)?;
         Ok(Self { rows, cols, storage: Storage::Packed(Arc::new(PackedMatrix::pack(parts, dtype)?)) })
+    }
+
+    /// As [`Weight::stack`], rounded to `quantization` (on the CPU only).
+    ///
+    /// # Errors
+    /// As [`Weight::stack`]; if the device has no kernel for quantised weights.
+    pub fn quantized(parts: &[Tensor], quantization: Quantization, device: &Device) -> Result<Self> {
+        if !device.is_cpu() {
+            return Err(argument(
+                "Weight::quantized",
+                format!("{quantization:?} weights are for the CPU only"),
+            ));
+        }
+        let (rows, cols) = check_parts(parts)?;
+        let matrix = match quantization {
+            Quantization::Int8 => PackedMatrix::quantize(parts)?,
+        };
+        Ok(Self { rows, cols, storage: Storage::Packed(Arc::new(matrix)) })
     }
 
     /// As [`Weight::stack`], row-major, which only the reference operations read.

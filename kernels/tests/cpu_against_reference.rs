@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RopeTables};
-use ingle_kernels::{Isa, KvLayer, Weight, isa, reference};
+use ingle_kernels::{Isa, KvLayer, Quantization, Weight, isa, reference};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -83,6 +83,45 @@ fn linear_does_not_depend_on_the_batch() {
             }
         }
     }
+}
+
+/// What int8 keeps of `matrix`: each row rounded to 127 steps of its largest element.
+fn rounded_to_int8(matrix: &Tensor) -> Tensor {
+    let scales = (matrix.abs().unwrap().max_keepdim(1).unwrap() / 127.0).unwrap();
+    let codes = matrix.broadcast_div(&scales).unwrap().round().unwrap();
+    codes.broadcast_mul(&scales).unwrap()
+}
+
+#[test]
+fn int8_is_the_formula_on_rounded_weights() {
+    let mut rng = rng(11);
+    for (n, k) in [(16, 2), (17, 3), (33, 64), (130, 65), (576, 192)] {
+        let parts = [random(&mut rng, &[n, k]), random(&mut rng, &[n.div_ceil(3), k])];
+        let quantized = Weight::quantized(&parts, Quantization::Int8, &CPU).unwrap();
+        let rounded = parts.each_ref().map(rounded_to_int8);
+        let plain = Weight::portable(&rounded, DType::F32, &CPU).unwrap();
+        let bias = random(&mut rng, &[quantized.rows()]);
+        let x = random(&mut rng, &[70, k]);
+        let all = ops::linear(&x, &quantized, Some(&bias)).unwrap();
+        assert!(error(&all, &reference::linear(&x, &plain, Some(&bias)).unwrap()) < 2e-6, "{n} x {k}");
+        for (first, size) in [(0, 1), (3, 2), (5, 3), (8, 8), (38, 32)] {
+            let some = ops::linear(&x.narrow(0, first, size).unwrap(), &quantized, Some(&bias)).unwrap();
+            let rows = all.narrow(0, first, size).unwrap();
+            assert_eq!(bits(&some), bits(&rows), "rows {first} + {size} of {n} x {k}");
+        }
+        let ids = [0, quantized.rows() as u32 - 1];
+        let (found, wanted) = (
+            ops::embedding(&ids, &quantized, DType::F32).unwrap(),
+            ops::embedding(&ids, &plain, DType::F32).unwrap(),
+        );
+        assert!(error(&found, &wanted) < 1e-6);
+        assert!(quantized.num_bytes() < (n + n.div_ceil(3) + 16) * (k + 5));
+    }
+    // A row of zeros stays one.
+    let zeros =
+        Weight::quantized(&[Tensor::zeros((3, 4), DType::F32, &CPU).unwrap()], Quantization::Int8, &CPU);
+    let y = ops::linear(&random(&mut rng, &[2, 4]), &zeros.unwrap(), None).unwrap();
+    assert_eq!(bits(&y), [0; 6]);
 }
 
 #[test]

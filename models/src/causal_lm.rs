@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use ingle_kernels::Quantization;
 
 use crate::{Batch, KvCache, Result};
 
@@ -31,6 +32,8 @@ pub trait CausalLm: Send {
 pub struct LoadOptions {
     /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own.
     pub dtype: Option<DType>,
+    /// How matrices are rounded while they are loaded; `None`: not at all.
+    pub quantization: Option<Quantization>,
     /// Type of cached keys and values; `None`: that of the weights.
     pub kv_cache_dtype: Option<DType>,
     /// Where the model lives.
@@ -45,7 +48,14 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     /// On the CPU, in the checkpoint's own types.
     fn default() -> Self {
-        Self { dtype: None, kv_cache_dtype: None, device: Device::Cpu, max_model_len: None, progress: None }
+        Self {
+            dtype: None,
+            quantization: None,
+            kv_cache_dtype: None,
+            device: Device::Cpu,
+            max_model_len: None,
+            progress: None,
+        }
     }
 }
 
@@ -91,8 +101,10 @@ pub struct ModelInfo {
     pub eos_token_ids: Vec<u32>,
     /// Id that starts a sequence, if the config names one.
     pub bos_token_id: Option<u32>,
-    /// Type the weights are stored in.
+    /// Type the weights are stored in, unless they are quantised.
     pub dtype: DType,
+    /// How matrices were rounded.
+    pub quantization: Option<Quantization>,
     /// Bytes of weights in device memory.
     pub weight_bytes: usize,
     /// Bytes of one token's keys and values over all layers.

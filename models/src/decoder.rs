@@ -1,7 +1,7 @@
 //! The one decoder: every family is this forward pass under another [`DecoderConfig`].
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{AttnParams, KvLayer, PagedMeta, RopeTables, Weight, ops};
+use ingle_kernels::{AttnParams, KvLayer, PagedMeta, Quantization, RopeTables, Weight, ops};
 
 use crate::causal_lm::{CausalLm, ModelInfo};
 use crate::config::{DecoderConfig, QkNorm};
@@ -59,8 +59,9 @@ struct Attention {
 /// Types and place of a decoder.
 #[derive(Debug, Clone)]
 pub(crate) struct Placement {
-    /// Of the weights.
+    /// Of the weights, unless they are quantised.
     pub(crate) dtype: DType,
+    pub(crate) quantization: Option<Quantization>,
     /// Of the activations.
     pub(crate) activation_dtype: DType,
     pub(crate) kv_dtype: DType,
@@ -69,13 +70,23 @@ pub(crate) struct Placement {
     pub(crate) max_len: usize,
 }
 
+impl Placement {
+    /// Bytes that one element of a matrix takes.
+    pub(crate) fn bytes_per_weight(&self) -> usize {
+        match self.quantization {
+            Some(Quantization::Int8) => 1,
+            None => self.dtype.size_in_bytes(),
+        }
+    }
+}
+
 impl Decoder {
     /// Loads the tensors of `spec`, which has been checked. `info` is complete but for `weight_bytes`.
     pub(crate) fn load(
         config: DecoderConfig,
         spec: &ModelSpec,
         loader: &mut Loader<'_>,
-        placement: Placement,
+        placement: &Placement,
         mut info: ModelInfo,
     ) -> Result<Self> {
         let embedding = loader.matrix(&spec.embedding)?;
@@ -103,7 +114,7 @@ impl Decoder {
             head,
             dtype: placement.activation_dtype,
             kv_dtype: placement.kv_dtype,
-            device: placement.device,
+            device: placement.device.clone(),
             info,
         })
     }
@@ -272,7 +283,8 @@ fn load_mlp(config: &DecoderConfig, spec: &MlpSpec, loader: &mut Loader<'_>) -> 
         (MlpSpec::Moe { router, experts }, Some(moe)) => ((router, moe), experts),
         (MlpSpec::Moe { .. }, None) => unreachable!("a layout has experts only where the config has"),
     };
-    let (router, config) = (loader.linear(router.0)?, router.1);
+    // Small, and the choice of experts turns on small differences: never quantised.
+    let (router, config) = (loader.exact_linear(router.0)?, router.1);
     let experts = match experts {
         ExpertsSpec::Separate(experts) => experts
             .iter()

@@ -82,19 +82,18 @@ fn load_parts<S: TensorSource>(
         eos_token_ids: eos_token_ids(&json, &generation)?,
         bos_token_id: bos_token_id(&json, &generation)?,
         dtype: placement.dtype,
+        quantization: placement.quantization,
         weight_bytes: 0,
         kv_bytes_per_token: kv_bytes_per_token(&config, placement.kv_dtype),
     };
-    let device = placement.device.clone();
     let mut loader = Loader::new(
         source,
-        (placement.dtype, placement.activation_dtype),
-        &device,
+        &placement,
         config.unit_offset_norms,
         options.progress.as_ref().map(|progress| &*progress.0),
         (spec.tensors().len(), num_parameters),
     );
-    Ok(Box::new(Decoder::load(config, &spec, &mut loader, placement, info)?))
+    Ok(Box::new(Decoder::load(config, &spec, &mut loader, &placement, info)?))
 }
 
 fn placement(
@@ -118,6 +117,7 @@ fn placement(
     };
     let activation_dtype = if options.device.is_cpu() { DType::F32 } else { dtype };
     Ok(Placement {
+        quantization: options.quantization,
         dtype,
         activation_dtype,
         kv_dtype: options.kv_cache_dtype.unwrap_or(dtype),
@@ -166,7 +166,7 @@ fn check_memory(
     available: Option<u64>,
 ) -> Result<()> {
     let Some(available) = available.filter(|_| placement.device.is_cpu()) else { return Ok(()) };
-    let needed = num_parameters.saturating_mul(placement.dtype.size_in_bytes()) as u64;
+    let needed = num_parameters.saturating_mul(placement.bytes_per_weight()) as u64;
     if needed <= available {
         return Ok(());
     }
@@ -207,6 +207,7 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
         let source = FolderSource::open(&folder).expect("the fixture");
         let placement = Placement {
+            quantization: None,
             dtype: DType::BF16,
             activation_dtype: DType::F32,
             kv_dtype: DType::F32,

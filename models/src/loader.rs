@@ -1,9 +1,10 @@
 //! Reads the tensors of a layout one at a time and lays them out for the device.
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::Weight;
+use ingle_kernels::{Quantization, Weight};
 
 use crate::causal_lm::{LoadProgress, ProgressFn};
+use crate::decoder::Placement;
 use crate::error::Result;
 use crate::layout::{LinearSpec, TensorSpec};
 use crate::linear::Linear;
@@ -13,8 +14,9 @@ use crate::source::TensorSource;
 /// matrix) is in memory twice.
 pub(crate) struct Loader<'a> {
     source: &'a dyn TensorSource,
-    /// Type that matrices are stored in.
+    /// Type that matrices are stored in, unless they are quantised.
     dtype: DType,
+    quantization: Option<Quantization>,
     /// Type that activations, and so biases, have.
     activation_dtype: DType,
     device: &'a Device,
@@ -27,8 +29,7 @@ pub(crate) struct Loader<'a> {
 impl<'a> Loader<'a> {
     pub(crate) fn new(
         source: &'a dyn TensorSource,
-        (dtype, activation_dtype): (DType, DType),
-        device: &'a Device,
+        placement: &'a Placement,
         unit_offset_norms: bool,
         progress: Option<&'a ProgressFn>,
         total: (usize, usize),
@@ -39,7 +40,17 @@ impl<'a> Loader<'a> {
             parameters_loaded: 0,
             num_parameters: total.1,
         };
-        Self { source, dtype, activation_dtype, device, unit_offset_norms, progress, state, weight_bytes: 0 }
+        Self {
+            source,
+            dtype: placement.dtype,
+            quantization: placement.quantization,
+            activation_dtype: placement.activation_dtype,
+            device: &placement.device,
+            unit_offset_norms,
+            progress,
+            state,
+            weight_bytes: 0,
+        }
     }
 
     /// Bytes of everything loaded so far, in device memory.
@@ -60,7 +71,10 @@ impl<'a> Loader<'a> {
 
     /// Matrices stacked along their rows.
     pub(crate) fn stack(&mut self, parts: &[Tensor]) -> Result<Weight> {
-        let weight = Weight::stack(parts, self.dtype, self.device)?;
+        let weight = match self.quantization {
+            Some(quantization) => Weight::quantized(parts, quantization, self.device)?,
+            None => Weight::stack(parts, self.dtype, self.device)?,
+        };
         self.weight_bytes += weight.num_bytes();
         Ok(weight)
     }
@@ -79,6 +93,14 @@ impl<'a> Loader<'a> {
             biases => Some(self.vector(&Tensor::cat(biases, 0)?, self.activation_dtype)?),
         };
         Ok(Linear { weight, bias })
+    }
+
+    /// As [`Loader::linear`], but never quantised.
+    pub(crate) fn exact_linear(&mut self, spec: &LinearSpec) -> Result<Linear> {
+        let quantization = self.quantization.take();
+        let linear = self.linear(spec);
+        self.quantization = quantization;
+        linear
     }
 
     /// A norm weight, f32 whatever the rest is: it is small, and the norm is computed in f32.

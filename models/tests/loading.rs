@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::DType;
 use common::{Driver, argmax, distance, fixture, load, prompts};
-use ingle_models::{Batch, Error, LoadOptions, Progress, load_causal_lm};
+use ingle_models::{Batch, CausalLm, Error, LoadOptions, Progress, Quantization, load_causal_lm};
 
 #[test]
 fn facts_are_true() {
@@ -66,6 +66,28 @@ fn cached_keys_can_be_smaller() {
         let off = distance(&row, &prompt.last_logits);
         // Eight bits of mantissa in keys and values: off, and not by much.
         assert!(off > 1e-4 && off < 0.3, "{off}");
+    }
+}
+
+#[test]
+fn int8_weights_take_half_the_room_and_give_nearly_the_same_logits() {
+    for name in ["llama_tied", "qwen3", "gemma2", "mixtral"] {
+        let options = LoadOptions { quantization: Some(Quantization::Int8), ..LoadOptions::default() };
+        let (exact, int8) = (load(name, None), load_causal_lm(&fixture(name), &options).expect("a model"));
+        let share = int8.info().weight_bytes as f64 / exact.info().weight_bytes as f64;
+        assert!(share < 0.4, "{name}: {share} of the bytes of f32");
+        for prompt in prompts(name) {
+            let row = |model: &dyn CausalLm| {
+                let mut driver = Driver::new(model, 16, prompt.input_ids.len() + 16);
+                let mut seq = driver.seq();
+                driver.step(&mut [(&mut seq, &prompt.input_ids)], false).remove(0)
+            };
+            let (exact, int8) = (row(&*exact), row(&*int8));
+            let largest = exact.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+            let off = distance(&exact, &int8) / largest;
+            // Off by the rounding of the weights, and not by more.
+            assert!(off > 1e-6 && off < 0.15, "{name}: {off}");
+        }
     }
 }
 

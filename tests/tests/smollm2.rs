@@ -106,6 +106,16 @@ async fn thirty_two_clients_get_the_answers_they_get_alone() {
 }
 
 #[tokio::test]
+async fn int8_weights_know_paris_too() {
+    let Some(path) = model() else { return };
+    let flags = ["--quantization", "int8", "--threads", "0", "--kv-cache-memory", "256"];
+    let server = Launch::at(&path).args(flags).start().await;
+    assert!(server.log().contains(", int8 "), "the log says what was loaded: {}", server.log());
+    let paris = server.post(CHAT, &ask("What is the capital of France?", 32)).await;
+    assert!(content(paris.ok()).contains("Paris"), "{}", paris.text);
+}
+
+#[tokio::test]
 async fn a_repeated_prefix_of_a_thousand_tokens_is_found() {
     let Some(path) = model() else { return };
     let server = serve(&path).await;

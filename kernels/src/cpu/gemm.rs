@@ -26,9 +26,10 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool_threads()).max(1);
     let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP);
     let y_ptr = OutPtr(y.as_mut_ptr());
+    let epilogue = Epilogue { scales: w.scales(), bias };
     pool::run(num_panels.div_ceil(per_piece), |piece| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
-        run_piece(&blocks, w, bias, y_ptr, panels);
+        run_piece(&blocks, w, epilogue, y_ptr, panels);
     });
 }
 
@@ -92,13 +93,13 @@ fn max_block_rows() -> usize {
 fn run_piece(
     blocks: &Blocks,
     w: &PackedMatrix,
-    bias: Option<&[f32]>,
+    epilogue: Epilogue<'_>,
     y: OutPtr<f32>,
     panels: std::ops::Range<usize>,
 ) {
     dispatch!(
-        piece(blocks, w, bias, y, panels) -> (),
-        [blocks: &Blocks, w: &PackedMatrix, bias: Option<&[f32]>, y: OutPtr<f32>, panels: std::ops::Range<usize>]
+        piece(blocks, w, epilogue, y, panels) -> (),
+        [blocks: &Blocks, w: &PackedMatrix, epilogue: Epilogue<'_>, y: OutPtr<f32>, panels: std::ops::Range<usize>]
     );
 }
 
@@ -106,18 +107,26 @@ fn run_piece(
 unsafe fn piece<S: Simd>(
     blocks: &Blocks,
     w: &PackedMatrix,
-    bias: Option<&[f32]>,
+    epilogue: Epilogue<'_>,
     y: OutPtr<f32>,
     panels: std::ops::Range<usize>,
 ) {
     // SAFETY: the element type matches the buffer; the rest is the contract of `groups`.
     unsafe {
         match &w.panels {
-            Panels::F32(data) => groups::<S, F32>(blocks, w, data, bias, y, panels),
-            Panels::Bf16(data) => groups::<S, Bf16>(blocks, w, data, bias, y, panels),
-            Panels::F16(data) => groups::<S, F16>(blocks, w, data, bias, y, panels),
+            Panels::F32(data) => groups::<S, F32>(blocks, w, data, epilogue, y, panels),
+            Panels::Bf16(data) => groups::<S, Bf16>(blocks, w, data, epilogue, y, panels),
+            Panels::F16(data) => groups::<S, F16>(blocks, w, data, epilogue, y, panels),
+            Panels::Int8 { codes, .. } => groups::<S, Int8>(blocks, w, codes, epilogue, y, panels),
         }
     }
+}
+
+/// What is done to a sum before it is stored; one entry an output feature.
+#[derive(Clone, Copy)]
+struct Epilogue<'a> {
+    scales: Option<&'a [f32]>,
+    bias: Option<&'a [f32]>,
 }
 
 /// How an element type is read: two columns of sixteen rows at a time.
@@ -132,6 +141,7 @@ trait Element {
 struct F32;
 struct Bf16;
 struct F16;
+struct Int8;
 
 impl Element for F32 {
     type Raw = f32;
@@ -170,6 +180,16 @@ impl Element for F16 {
     }
 }
 
+impl Element for Int8 {
+    type Raw = i8;
+
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(p: *const i8) -> (S::V, S::V) {
+        // SAFETY: given by the caller.
+        unsafe { S::load_i8_pair(p) }
+    }
+}
+
 /// # Safety
 /// `data` are the panels of `w`; `y` is `[rows of blocks, w.rows]` and the columns of `panels` are nobody else's; the
 /// instruction set of `S`.
@@ -178,7 +198,7 @@ unsafe fn groups<S: Simd, E: Element>(
     blocks: &Blocks,
     w: &PackedMatrix,
     data: &[E::Raw],
-    bias: Option<&[f32]>,
+    epilogue: Epilogue<'_>,
     y: OutPtr<f32>,
     panels: std::ops::Range<usize>,
 ) {
@@ -191,7 +211,7 @@ unsafe fn groups<S: Simd, E: Element>(
         for &(first, rows, offset) in &blocks.blocks {
             let x = blocks.data[offset..][..rows * depth].as_ptr();
             let weights = data[panel * LANES * depth..][..count * LANES * depth].as_ptr();
-            let tile = Tile { x, weights, depth, first, panel, num_rows: w.rows, bias, y };
+            let tile = Tile { x, weights, depth, first, panel, num_rows: w.rows, epilogue, y };
             // SAFETY: `x` and `weights` were just sliced to their sizes.
             unsafe { tile.run::<S, E>(rows, count) };
         }
@@ -214,7 +234,7 @@ struct Tile<'a, R> {
     first: usize,
     panel: usize,
     num_rows: usize,
-    bias: Option<&'a [f32]>,
+    epilogue: Epilogue<'a>,
     y: OutPtr<f32>,
 }
 
@@ -274,7 +294,7 @@ impl<R: Copy> Tile<'_, R> {
     /// `M` rows by `N` panels, all sums in registers.
     #[inline(always)]
     unsafe fn kernel<S: Simd, E: Element<Raw = R>, const M: usize, const N: usize>(&self) {
-        let Self { x, weights, depth, first, panel, num_rows, bias, y } = *self;
+        let Self { x, weights, depth, first, panel, num_rows, epilogue, y } = *self;
         // SAFETY: `weights` has N panels of 16 * depth elements, `x` M * depth; the stores stay in row `first + m`,
         // columns of these panels.
         unsafe {
@@ -308,7 +328,12 @@ impl<R: Copy> Tile<'_, R> {
                     let column = (panel + n) * LANES;
                     let width = LANES.min(num_rows - column);
                     let mut values = S::to_array(*sum);
-                    if let Some(bias) = bias {
+                    if let Some(scales) = epilogue.scales {
+                        for (value, scale) in values.iter_mut().zip(&scales[column..][..width]) {
+                            *value *= scale;
+                        }
+                    }
+                    if let Some(bias) = epilogue.bias {
                         for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
                             *value += bias;
                         }

@@ -28,6 +28,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);
+    /// Widens sixteen pairs of signed bytes: all first halves, all second halves.
+    unsafe fn load_i8_pair(p: *const i8) -> (Self::V, Self::V);
     /// `a * b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -146,6 +148,12 @@ impl Simd for Portable {
         (std::array::from_fn(|i| wide(2 * i)), std::array::from_fn(|i| wide(2 * i + 1)))
     }
     #[inline(always)]
+    unsafe fn load_i8_pair(p: *const i8) -> (Self::V, Self::V) {
+        // SAFETY: thirty-two elements, given by the caller.
+        let raw = unsafe { p.cast::<[i8; 2 * LANES]>().read_unaligned() };
+        (std::array::from_fn(|i| f32::from(raw[2 * i])), std::array::from_fn(|i| f32::from(raw[2 * i + 1])))
+    }
+    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // A fused multiply-add is a library call where the target has none; two roundings are then the better deal.
         if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
@@ -250,6 +258,14 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_i8_pair(p: *const i8) -> (__m512, __m512) {
+            unsafe {
+                let raw = _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast()));
+                let first = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(raw));
+                (_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(raw)))
+            }
+        }
+        #[inline(always)]
         unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
             unsafe { _mm512_fmadd_ps(a, b, c) }
         }
@@ -349,6 +365,18 @@ mod x86 {
                 let first = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
                 let second = |x| _mm256_castsi256_ps(_mm256_and_si256(x, high));
                 ((first(a), first(b)), (second(a), second(b)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8_pair(p: *const i8) -> (Two, Two) {
+            unsafe {
+                let half = |p: *const i8| {
+                    let raw = _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()));
+                    let first = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(raw));
+                    (_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(_mm256_srai_epi32::<16>(raw)))
+                };
+                let ((a, b), (c, d)) = (half(p), half(p.add(16)));
+                ((a, c), (b, d))
             }
         }
         #[inline(always)]

@@ -383,6 +383,7 @@ mod tests {
             num_parameters: 0,
             eos_token_ids: vec![],
             bos_token_id: None,
+            quantization: None,
             dtype: DType::F32,
             weight_bytes: 0,
             kv_bytes_per_token: 8,

@@ -9,10 +9,10 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use ingle_engine::{
     CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, Limits, LoadOptions,
-    ModelInfo, ModelRunner, Progress,
+    ModelInfo, ModelRunner, Progress, Quantization,
 };
 
-use crate::cli::{DeviceName, FloatType, ModelArgs};
+use crate::cli::{DeviceName, FloatType, ModelArgs, QuantizationName};
 use crate::hub;
 use crate::state::TextModel;
 use crate::text::{ChatTemplate, Tokenizer};
@@ -66,6 +66,10 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
     let shown = bar.clone();
     let options = LoadOptions {
         dtype,
+        quantization: match args.quantization {
+            QuantizationName::None => None,
+            QuantizationName::Int8 => Some(Quantization::Int8),
+        },
         kv_cache_dtype: float_type(args.kv_cache_dtype),
         device: device.clone(),
         max_model_len: args.max_model_len,
@@ -253,7 +257,9 @@ fn report(
         format!(
             "weights    {:.1} M parameters, {} {:.0} MiB, on {place}",
             info.num_parameters as f64 / 1e6,
-            info.dtype.as_str(),
+            info.quantization.map_or(info.dtype.as_str(), |quantization| match quantization {
+                Quantization::Int8 => "int8",
+            }),
             mib(info.weight_bytes),
         ),
         format!(
