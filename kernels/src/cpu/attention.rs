@@ -7,7 +7,7 @@
 
 use super::kv::{KvData, KvStore};
 use super::simd::{LANES, Simd};
-use super::{OutPtr, Rows, dispatch, pool};
+use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 use crate::ops::{AttnParams, PagedMeta};
 
 /// Keys per chunk.
@@ -22,7 +22,7 @@ pub(crate) fn paged_attention(
     store: &KvStore,
     meta: &PagedMeta,
     params: &AttnParams,
-    y: &mut [f32],
+    y: &mut Unwritten,
 ) {
     let num_heads = q.width / store.head_dim;
     let group = num_heads / store.num_kv_heads;
@@ -43,7 +43,7 @@ pub(crate) fn paged_attention(
         let seen = meta.seq_lens[piece.seq] as usize + piece.end - meta.cu_seqlens_q[piece.seq + 1] as usize;
         std::cmp::Reverse(seen * (piece.end - piece.first))
     });
-    let job = Job { q, store, meta, params, group, y: OutPtr(y.as_mut_ptr()) };
+    let job = Job { q, store, meta, params, group, y: OutPtr::new(y) };
     pool::run(pieces.len(), |idx| {
         let piece = pieces[idx];
         let job = &job;

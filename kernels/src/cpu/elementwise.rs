@@ -1,7 +1,7 @@
 //! Operations row by row: normalisation, rotation, activation.
 
 use super::simd::{LANES, Simd};
-use super::{OutPtr, Rows, dispatch, pool};
+use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 use crate::ops::Activation;
 
 /// Elements below which a parallel region costs more than it saves.
@@ -17,9 +17,9 @@ fn for_rows(num_rows: usize, width: usize, rows: impl Fn(usize, usize) + Sync) {
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight`, row by row.
-pub(crate) fn rms_norm(x: Rows<'_>, weight: &[f32], eps: f32, y: &mut [f32]) {
+pub(crate) fn rms_norm(x: Rows<'_>, weight: &[f32], eps: f32, y: &mut Unwritten) {
     assert!(weight.len() == x.width && y.len() == x.num_rows * x.width, "sizes");
-    let out = OutPtr(y.as_mut_ptr());
+    let out = OutPtr::new(y);
     for_rows(x.num_rows, x.width, |first, end| {
         dispatch!(
             rms_norm_rows(x, weight, eps, out, first, end) -> (),
@@ -64,9 +64,9 @@ unsafe fn rms_norm_rows<S: Simd>(
 }
 
 /// `a + b`, row by row.
-pub(crate) fn add(a: Rows<'_>, b: Rows<'_>, y: &mut [f32]) {
+pub(crate) fn add(a: Rows<'_>, b: Rows<'_>, y: &mut Unwritten) {
     assert!((a.num_rows, a.width) == (b.num_rows, b.width) && y.len() == a.num_rows * a.width, "sizes");
-    let out = OutPtr(y.as_mut_ptr());
+    let out = OutPtr::new(y);
     for_rows(a.num_rows, a.width, |first, end| {
         for row in first..end {
             // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
@@ -79,14 +79,14 @@ pub(crate) fn add(a: Rows<'_>, b: Rows<'_>, y: &mut [f32]) {
 }
 
 /// Rotates the first `2 * half` of every head, half against half; `cos`, `sin` are `[num_tokens, half]`.
-pub(crate) fn rope(x: Rows<'_>, head_dim: usize, cos: Rows<'_>, sin: Rows<'_>, y: &mut [f32]) {
+pub(crate) fn rope(x: Rows<'_>, head_dim: usize, cos: Rows<'_>, sin: Rows<'_>, y: &mut Unwritten) {
     let half = cos.width;
     assert!(
         2 * half <= head_dim && x.width.is_multiple_of(head_dim) && y.len() == x.num_rows * x.width,
         "sizes"
     );
     assert!(cos.num_rows == x.num_rows && sin.num_rows == x.num_rows && sin.width == half, "table sizes");
-    let out = OutPtr(y.as_mut_ptr());
+    let out = OutPtr::new(y);
     for_rows(x.num_rows, x.width, |first, end| {
         for row in first..end {
             let (cos, sin) = (cos.row(row), sin.row(row));
@@ -106,10 +106,10 @@ pub(crate) fn rope(x: Rows<'_>, head_dim: usize, cos: Rows<'_>, sin: Rows<'_>, y
 }
 
 /// `act(gate) * up` for rows of `[gate, up]`.
-pub(crate) fn gated_activation(x: Rows<'_>, activation: Activation, y: &mut [f32]) {
+pub(crate) fn gated_activation(x: Rows<'_>, activation: Activation, y: &mut Unwritten) {
     let width = x.width / 2;
     assert!(x.width == 2 * width && y.len() == x.num_rows * width, "sizes");
-    let out = OutPtr(y.as_mut_ptr());
+    let out = OutPtr::new(y);
     for_rows(x.num_rows, x.width, |first, end| {
         dispatch!(
             gated_rows(x, activation, out, first, end) -> (),

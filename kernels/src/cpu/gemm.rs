@@ -5,7 +5,7 @@
 
 use super::matrix::{PackedMatrix, Panels};
 use super::simd::{LANES, Simd};
-use super::{OutPtr, Rows, dispatch, pool};
+use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 
 /// Rows of a block at most; more would not leave registers for the operands.
 const MAX_BLOCK_ROWS: usize = 12;
@@ -13,7 +13,7 @@ const MAX_BLOCK_ROWS: usize = 12;
 const PREFETCH_BYTES: usize = 1024;
 
 /// Computes `y = x * w^T (+ bias)`; `y` is `[x.num_rows, w.rows]`, contiguous, and need not be initialised to values.
-pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mut [f32]) {
+pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mut Unwritten) {
     assert_eq!(x.width, w.cols, "inner dimensions");
     assert_eq!(y.len(), x.num_rows * w.rows, "output size");
     assert!(bias.is_none_or(|bias| bias.len() == w.rows), "bias size");
@@ -25,7 +25,7 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     let num_panels = w.num_panels();
     let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool_threads()).max(1);
     let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP);
-    let y_ptr = OutPtr(y.as_mut_ptr());
+    let y_ptr = OutPtr::new(y);
     let epilogue = Epilogue { scales: w.scales(), bias };
     pool::run(num_panels.div_ceil(per_piece), |piece| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
@@ -67,9 +67,11 @@ impl Blocks {
             let (first, rows, offset) = blocks[idx];
             // SAFETY: one piece a block; blocks do not overlap and lie in the buffer by their offsets.
             let out = unsafe { out.slice(offset, rows * depth) };
-            for row in 0..rows {
-                for (k, value) in x.row(first + row).iter().enumerate() {
-                    out[k * rows + row] = *value;
+            // One pass that writes in order and reads each row in order.
+            let sources: Vec<&[f32]> = (first..first + rows).map(|row| x.row(row)).collect();
+            for (k, out) in out.chunks_exact_mut(rows).take(x.width).enumerate() {
+                for (out, source) in out.iter_mut().zip(&sources) {
+                    *out = source[k];
                 }
             }
         };
@@ -327,6 +329,18 @@ impl<R: Copy> Tile<'_, R> {
                 for (n, sum) in sums.iter().enumerate() {
                     let column = (panel + n) * LANES;
                     let width = LANES.min(num_rows - column);
+                    if width == LANES {
+                        let mut sum = *sum;
+                        if let Some(scales) = epilogue.scales {
+                            sum = S::mul(sum, S::load(scales[column..][..LANES].as_ptr()));
+                        }
+                        if let Some(bias) = epilogue.bias {
+                            sum = S::add(sum, S::load(bias[column..][..LANES].as_ptr()));
+                        }
+                        S::store(y.slice((first + m) * num_rows + column, LANES).as_mut_ptr(), sum);
+                        continue;
+                    }
+                    // The last panel may have fewer rows than lanes.
                     let mut values = S::to_array(*sum);
                     if let Some(scales) = epilogue.scales {
                         for (value, scale) in values.iter_mut().zip(&scales[column..][..width]) {

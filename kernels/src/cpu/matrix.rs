@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 
 use super::buffer::AlignedBuf;
 use super::simd::LANES;
-use super::{OutPtr, pool};
+use super::{OutPtr, Unwritten, pool};
 use crate::error::{Result, argument};
 
 /// A matrix `[rows, cols]` in panels of sixteen rows, so that one vector holds the same column of sixteen rows:
@@ -126,29 +126,29 @@ impl PackedMatrix {
     }
 
     /// Copies row `idx` into `out` (`cols` elements).
-    pub(crate) fn read_row(&self, idx: usize, out: &mut [f32]) {
+    pub(crate) fn read_row(&self, idx: usize, out: &mut Unwritten) {
         let (panel, lane) = (idx / LANES, idx % LANES);
         let cols = self.cols.next_multiple_of(2);
         let pair = |k: usize| panel * LANES * cols + (k / 2) * 2 * LANES + lane * 2 + k % 2;
         match &self.panels {
             Panels::F32(data) => {
                 for (k, out) in out.iter_mut().enumerate() {
-                    *out = data[panel * LANES * cols + k * LANES + lane];
+                    out.write(data[panel * LANES * cols + k * LANES + lane]);
                 }
             }
             Panels::Bf16(data) => {
                 for (k, out) in out.iter_mut().enumerate() {
-                    *out = half::bf16::from_bits(data[pair(k)]).to_f32();
+                    out.write(half::bf16::from_bits(data[pair(k)]).to_f32());
                 }
             }
             Panels::F16(data) => {
                 for (k, out) in out.iter_mut().enumerate() {
-                    *out = half::f16::from_bits(data[pair(k)]).to_f32();
+                    out.write(half::f16::from_bits(data[pair(k)]).to_f32());
                 }
             }
             Panels::Int8 { codes, scales } => {
                 for (k, out) in out.iter_mut().enumerate() {
-                    *out = f32::from(codes[pair(k)]) * scales[idx];
+                    out.write(f32::from(codes[pair(k)]) * scales[idx]);
                 }
             }
         }

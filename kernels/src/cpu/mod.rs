@@ -68,6 +68,13 @@ unsafe impl<T: Send> Send for OutPtr<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for OutPtr<T> {}
 
+impl OutPtr<f32> {
+    /// To be written through; nothing reads it before it was written.
+    fn new(y: &mut Unwritten) -> Self {
+        Self(y.as_mut_ptr().cast())
+    }
+}
+
 impl<T> OutPtr<T> {
     /// `len` elements from `offset`.
     ///
@@ -78,6 +85,24 @@ impl<T> OutPtr<T> {
         // SAFETY: given by the caller.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
     }
+}
+
+/// An output that a kernel has not written yet.
+pub(crate) type Unwritten = [std::mem::MaybeUninit<f32>];
+
+/// `len` values that `compute` writes. Clearing them first would cost a twentieth of a step.
+///
+/// # Safety
+/// `compute` must write every element if it returns `Ok`.
+pub(crate) unsafe fn written<E>(
+    len: usize,
+    compute: impl FnOnce(&mut Unwritten) -> Result<(), E>,
+) -> Result<Vec<f32>, E> {
+    let mut values = Vec::with_capacity(len);
+    compute(&mut values.spare_capacity_mut()[..len])?;
+    // SAFETY: all elements were written, given by the caller, and the capacity was asked for above.
+    unsafe { values.set_len(len) };
+    Ok(values)
 }
 
 /// Runs `$func::<S>($args)` for the instruction set in use, compiled with its features.
