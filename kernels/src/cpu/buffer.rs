@@ -7,8 +7,8 @@ const LARGE_PAGE: usize = 2 << 20;
 
 /// A zeroed buffer of `T`, aligned to 64 bytes.
 ///
-/// From 4 MiB on it is mapped from the system on its own, aligned to 2 MiB and with large pages asked for: pages that
-/// are never touched (a cache that is never full) then cost no memory, and zeroing costs no time.
+/// From 4 MiB on it is mapped from the system on its own, aligned to 2 MiB: pages that are never touched (a cache that
+/// is never full) then cost no memory, and zeroing costs no time.
 pub(crate) struct AlignedBuf<T> {
     ptr: *mut T,
     len: usize,
@@ -56,6 +56,17 @@ impl<T: Zeroable> AlignedBuf<T> {
         Some(Self { ptr: ptr.cast(), len, memory: Memory::Heap(layout) })
     }
 
+    /// Asks for large pages: for what is filled at once and read often. What is touched bit by bit would pay for
+    /// 2 MiB at each first touch.
+    pub(crate) fn with_large_pages(self) -> Self {
+        #[cfg(target_os = "linux")]
+        if let Memory::Mapped(..) = self.memory {
+            // SAFETY: the range lies in the mapping; the advice changes no content and may fail without harm.
+            unsafe { libc::madvise(self.ptr.cast(), self.len * size_of::<T>(), libc::MADV_HUGEPAGE) };
+        }
+        self
+    }
+
     #[cfg(unix)]
     fn mapped(len: usize, bytes: usize) -> Option<Self> {
         let room = bytes.checked_add(LARGE_PAGE)?;
@@ -66,11 +77,6 @@ impl<T: Zeroable> AlignedBuf<T> {
             return None;
         }
         let ptr = start.map_addr(|addr| addr.next_multiple_of(LARGE_PAGE));
-        #[cfg(target_os = "linux")]
-        // SAFETY: the range lies in the mapping; the advice changes no content and may fail without harm.
-        unsafe {
-            libc::madvise(ptr, bytes, libc::MADV_HUGEPAGE)
-        };
         Some(Self { ptr: ptr.cast(), len, memory: Memory::Mapped(start, room) })
     }
 }

@@ -44,9 +44,9 @@ impl PackedMatrix {
         let padded =
             rows.next_multiple_of(LANES).checked_mul(cols.next_multiple_of(2)).ok_or_else(too_large)?;
         let mut panels = match dtype {
-            DType::F32 => Panels::F32(AlignedBuf::zeroed(padded).ok_or_else(too_large)?),
-            DType::BF16 => Panels::Bf16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?),
-            DType::F16 => Panels::F16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?),
+            DType::F32 => Panels::F32(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
+            DType::BF16 => Panels::Bf16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
+            DType::F16 => Panels::F16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
             other => return Err(argument("PackedMatrix::pack", format!("{other:?} weights on the CPU"))),
         };
         let mut first_row = 0;
@@ -80,7 +80,7 @@ impl PackedMatrix {
         let too_large = || argument("PackedMatrix::quantize", format!("[{rows}, {cols}] is too large"));
         let padded_rows = rows.next_multiple_of(LANES);
         let padded = padded_rows.checked_mul(cols.next_multiple_of(2)).ok_or_else(too_large)?;
-        let mut codes = AlignedBuf::zeroed(padded).ok_or_else(too_large)?;
+        let mut codes = AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages();
         let mut scales = AlignedBuf::<f32>::zeroed(padded_rows).ok_or_else(too_large)?;
         let mut first_row = 0;
         for part in parts {
