@@ -21,4 +21,4 @@ pub use cpu::{Isa, isa, num_threads, set_num_threads};
 pub use error::{Error, Result};
 pub use kv_layer::KvLayer;
 pub use ops::{Activation, AttnParams, PagedMeta, RopeTables};
-pub use weight::{Quantization, Weight};
+pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};

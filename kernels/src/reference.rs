@@ -11,7 +11,7 @@ use crate::{KvLayer, Weight};
 fn dense<'a>(op: &'static str, weight: &'a Weight) -> Result<&'a Tensor> {
     match weight.storage() {
         Storage::Dense(w) => Ok(w),
-        Storage::Packed(_) => Err(argument(op, "the reference reads portable weights only")),
+        Storage::Packed(_) | Storage::Quantized(_) => Err(argument(op, "the reference reads portable weights only")),
     }
 }
 

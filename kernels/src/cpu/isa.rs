@@ -5,6 +5,9 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     /// AVX-512 F/BW/VL/DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -29,6 +32,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq");
+            if avx2 && avx512 && is_x86_feature_detected!("avx512vnni") {
+                sets.push(Self::Avx512Vnni);
+            }
             if avx2 && avx512 {
                 sets.push(Self::Avx512);
             }
@@ -44,6 +50,8 @@ impl Isa {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]

@@ -28,8 +28,6 @@ pub(super) trait Simd: Copy {
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);
-    /// Widens sixteen pairs of signed bytes: all first halves, all second halves.
-    unsafe fn load_i8_pair(p: *const i8) -> (Self::V, Self::V);
     /// `a * b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -42,6 +40,8 @@ pub(super) trait Simd: Copy {
     unsafe fn scale_by_power(x: Self::V, n: Self::V) -> Self::V;
     /// To the nearest whole number, ties to even.
     unsafe fn round(x: Self::V) -> Self::V;
+    /// Sixteen whole numbers in `-128..=127`, to the nearest and ties to even.
+    unsafe fn store_i8(p: *mut i8, v: Self::V);
     /// Asks for the line of `p` to be brought into the first-level cache.
     unsafe fn prefetch(p: *const u8);
 
@@ -148,12 +148,6 @@ impl Simd for Portable {
         (std::array::from_fn(|i| wide(2 * i)), std::array::from_fn(|i| wide(2 * i + 1)))
     }
     #[inline(always)]
-    unsafe fn load_i8_pair(p: *const i8) -> (Self::V, Self::V) {
-        // SAFETY: thirty-two elements, given by the caller.
-        let raw = unsafe { p.cast::<[i8; 2 * LANES]>().read_unaligned() };
-        (std::array::from_fn(|i| f32::from(raw[2 * i])), std::array::from_fn(|i| f32::from(raw[2 * i + 1])))
-    }
-    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // A fused multiply-add is a library call where the target has none; two roundings are then the better deal.
         if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
@@ -194,6 +188,12 @@ impl Simd for Portable {
     unsafe fn round(x: Self::V) -> Self::V {
         // Adding and subtracting 1.5 * 2^23 leaves no bits for a fraction; callers stay far below that.
         x.map(|x| (x + 12_582_912.0) - 12_582_912.0)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Self::V) {
+        let bytes = v.map(|x| x.round_ties_even() as i8);
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(bytes) }
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
@@ -258,14 +258,6 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_i8_pair(p: *const i8) -> (__m512, __m512) {
-            unsafe {
-                let raw = _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast()));
-                let first = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(raw));
-                (_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(raw)))
-            }
-        }
-        #[inline(always)]
         unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
             unsafe { _mm512_fmadd_ps(a, b, c) }
         }
@@ -300,6 +292,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn round(x: __m512) -> __m512 {
             unsafe { _mm512_roundscale_ps::<0>(x) }
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, v: __m512) {
+            unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))) }
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {
@@ -368,18 +364,6 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_i8_pair(p: *const i8) -> (Two, Two) {
-            unsafe {
-                let half = |p: *const i8| {
-                    let raw = _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()));
-                    let first = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(raw));
-                    (_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(_mm256_srai_epi32::<16>(raw)))
-                };
-                let ((a, b), (c, d)) = (half(p), half(p.add(16)));
-                ((a, c), (b, d))
-            }
-        }
-        #[inline(always)]
         unsafe fn fma(a: Two, b: Two, c: Two) -> Two {
             unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
         }
@@ -420,6 +404,16 @@ mod x86 {
         #[inline(always)]
         unsafe fn round(x: Two) -> Two {
             unsafe { (_mm256_round_ps::<8>(x.0), _mm256_round_ps::<8>(x.1)) }
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, v: Two) {
+            unsafe {
+                let words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1));
+                // Packing works within halves of a register: put the quarters back in order.
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+                _mm_storeu_si128(p.cast(), _mm_packs_epi16(low, high));
+            }
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {

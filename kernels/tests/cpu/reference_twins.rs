@@ -1,45 +1,13 @@
-//! Every CPU kernel against the plain formula, odd sizes and tails included, and its batch invariance.
-//!
-//! The instruction set is chosen once a process; `every_instruction_set` runs this binary again for each lower one.
+//! Every CPU kernel against its twin in `reference`, odd sizes and tails included, and its batch invariance.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RopeTables};
-use ingle_kernels::{Isa, KvLayer, Quantization, Weight, isa, reference};
+use ingle_kernels::{KvLayer, Weight, reference};
+use rand::Rng;
 use rand::seq::SliceRandom;
-use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const CPU: Device = Device::Cpu;
-
-fn rng(seed: u64) -> ChaCha8Rng {
-    ChaCha8Rng::seed_from_u64(seed)
-}
-
-fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
-    let count = shape.iter().product();
-    let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
-    Tensor::from_vec(values, shape, &CPU).unwrap()
-}
-
-fn values(x: &Tensor) -> Vec<f32> {
-    x.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Largest difference, as a share of the largest value.
-fn error(found: &Tensor, wanted: &Tensor) -> f32 {
-    assert_eq!(found.dims(), wanted.dims());
-    let (found, wanted) = (values(found), values(wanted));
-    let scale = wanted.iter().fold(1e-3_f32, |max, x| max.max(x.abs()));
-    let worst =
-        found.iter().zip(&wanted).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
-    worst.fold(0.0, f32::max) / scale
-}
-
-fn bits(x: &Tensor) -> Vec<u32> {
-    values(x).into_iter().map(f32::to_bits).collect()
-}
+use super::{CPU, bits, error, random, rng, values};
 
 #[test]
 fn linear_equals_the_formula() {
@@ -83,45 +51,6 @@ fn linear_does_not_depend_on_the_batch() {
             }
         }
     }
-}
-
-/// What int8 keeps of `matrix`: each row rounded to 127 steps of its largest element.
-fn rounded_to_int8(matrix: &Tensor) -> Tensor {
-    let scales = (matrix.abs().unwrap().max_keepdim(1).unwrap() / 127.0).unwrap();
-    let codes = matrix.broadcast_div(&scales).unwrap().round().unwrap();
-    codes.broadcast_mul(&scales).unwrap()
-}
-
-#[test]
-fn int8_is_the_formula_on_rounded_weights() {
-    let mut rng = rng(11);
-    for (n, k) in [(16, 2), (17, 3), (33, 64), (130, 65), (576, 192)] {
-        let parts = [random(&mut rng, &[n, k]), random(&mut rng, &[n.div_ceil(3), k])];
-        let quantized = Weight::quantized(&parts, Quantization::Int8, &CPU).unwrap();
-        let rounded = parts.each_ref().map(rounded_to_int8);
-        let plain = Weight::portable(&rounded, DType::F32, &CPU).unwrap();
-        let bias = random(&mut rng, &[quantized.rows()]);
-        let x = random(&mut rng, &[70, k]);
-        let all = ops::linear(&x, &quantized, Some(&bias)).unwrap();
-        assert!(error(&all, &reference::linear(&x, &plain, Some(&bias)).unwrap()) < 2e-6, "{n} x {k}");
-        for (first, size) in [(0, 1), (3, 2), (5, 3), (8, 8), (38, 32)] {
-            let some = ops::linear(&x.narrow(0, first, size).unwrap(), &quantized, Some(&bias)).unwrap();
-            let rows = all.narrow(0, first, size).unwrap();
-            assert_eq!(bits(&some), bits(&rows), "rows {first} + {size} of {n} x {k}");
-        }
-        let ids = [0, quantized.rows() as u32 - 1];
-        let (found, wanted) = (
-            ops::embedding(&ids, &quantized, DType::F32).unwrap(),
-            ops::embedding(&ids, &plain, DType::F32).unwrap(),
-        );
-        assert!(error(&found, &wanted) < 1e-6);
-        assert!(quantized.num_bytes() < (n + n.div_ceil(3) + 16) * (k + 5));
-    }
-    // A row of zeros stays one.
-    let zeros =
-        Weight::quantized(&[Tensor::zeros((3, 4), DType::F32, &CPU).unwrap()], Quantization::Int8, &CPU);
-    let y = ops::linear(&random(&mut rng, &[2, 4]), &zeros.unwrap(), None).unwrap();
-    assert_eq!(bits(&y), [0; 6]);
 }
 
 #[test]
@@ -344,21 +273,4 @@ fn a_step_that_contradicts_itself_is_refused() {
     let at = |slot| PagedMeta { slot_mapping: vec![slot], block_size: 16, ..PagedMeta::default() };
     assert!(ops::store_kv(&mut layer, &k, &k, &at(15)).is_ok());
     assert!(ops::store_kv(&mut layer, &k, &k, &at(16)).is_err());
-}
-
-/// Runs all other tests of this file once for every lower instruction set that this processor has.
-#[test]
-fn every_instruction_set() {
-    if std::env::var_os("INGLE_ISA").is_some() {
-        return;
-    }
-    assert_eq!(isa(), Isa::available()[0]);
-    for lower in &Isa::available()[1..] {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .env("INGLE_ISA", lower.name())
-            .args(["--quiet", "--skip", "every_instruction_set"])
-            .status()
-            .unwrap();
-        assert!(status.success(), "the kernels fail on {}", lower.name());
-    }
 }
