@@ -56,7 +56,7 @@ fn bf16_weights_give_the_reference_tokens() {
 
 #[test]
 fn cached_keys_can_be_smaller() {
-    let options = LoadOptions { kv_cache_dtype: Some(DType::BF16), ..LoadOptions::default() };
+    let options = LoadOptions { kv_cache_dtype: Some(ingle_models::KvDtype::Bf16), ..LoadOptions::default() };
     let model = load_causal_lm(&fixture("llama"), &options).expect("a model");
     assert_eq!(model.info().kv_bytes_per_token, 2 * 2 * 2 * 16 * 2);
     for prompt in prompts("llama") {

@@ -5,6 +5,8 @@
 
 use super::matrix::{PackedMatrix, Panels};
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, amx, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 
 /// Rows of a block at most; more would not leave registers for the operands.
@@ -20,7 +22,11 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     if y.is_empty() {
         return;
     }
-    let blocks = Blocks::new(x);
+        #[cfg(target_arch = "x86_64")]
+    if let (Isa::Amx, Panels::Bf16(data)) = (isa(), &w.panels) {
+        return amx::matmul(x, w, data, bias, y);
+    }
+    let blocks = Blocks::new(x, w.depth);
     // Enough pieces for all threads to end together, each long enough to be worth claiming.
     let num_panels = w.num_panels();
     let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool_threads()).max(1);
@@ -44,13 +50,12 @@ struct Blocks {
     /// `(first row, rows, offset in data)`
     blocks: Vec<(usize, usize, usize)>,
     data: Vec<f32>,
-    /// k, padded to an even number with zeros.
+    /// k, padded with zeros as the weights are.
     depth: usize,
 }
 
 impl Blocks {
-    fn new(x: Rows<'_>) -> Self {
-        let depth = x.width.next_multiple_of(2);
+    fn new(x: Rows<'_>, depth: usize) -> Self {
         let num_blocks = x.num_rows.div_ceil(max_block_rows());
         let mut blocks = Vec::with_capacity(num_blocks);
         let mut first = 0;

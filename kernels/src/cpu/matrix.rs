@@ -14,14 +14,19 @@ use crate::error::{Result, argument};
 /// others:     panel p: for each pair k, k + 1:  w[16p][k], w[16p][k+1], w[16p+1][k], w[16p+1][k+1], ...
 /// ```
 ///
-/// Rows are padded with zeros to a multiple of sixteen, columns to an even number. The pairs are the layout that dot
-/// product and tile instructions want, too.
+/// Rows are padded with zeros to a multiple of sixteen, columns to an even number; those of bf16 to a multiple of 32:
+/// 32 columns of a panel, as they lie, are a tile of a matrix unit.
 #[derive(Debug)]
 pub(crate) struct PackedMatrix {
     pub(super) rows: usize,
     pub(super) cols: usize,
+    /// `cols`, padded.
+    pub(super) depth: usize,
     pub(super) panels: Panels,
 }
+
+/// Columns of a bf16 tile.
+pub(super) const BF16_TILE_COLS: usize = 32;
 
 #[derive(Debug)]
 pub(super) enum Panels {
@@ -36,8 +41,8 @@ impl PackedMatrix {
         let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
         let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
         let too_large = || argument("PackedMatrix::pack", format!("[{rows}, {cols}] is too large"));
-        let padded =
-            rows.next_multiple_of(LANES).checked_mul(cols.next_multiple_of(2)).ok_or_else(too_large)?;
+        let depth = cols.next_multiple_of(if dtype == DType::BF16 { BF16_TILE_COLS } else { 2 });
+        let padded = rows.next_multiple_of(LANES).checked_mul(depth).ok_or_else(too_large)?;
         let mut panels = match dtype {
             DType::F32 => Panels::F32(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
             DType::BF16 => Panels::Bf16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
@@ -53,19 +58,19 @@ impl PackedMatrix {
             let count = part.elem_count();
             match (&mut panels, &*storage) {
                 (Panels::F32(out), Storage::Cpu(CpuStorage::F32(w))) => {
-                    pack_rows(&w[start..][..count], cols, first_row, out, 1, |x| x);
+                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 1, |x| x);
                 }
                 (Panels::Bf16(out), Storage::Cpu(CpuStorage::BF16(w))) => {
-                    pack_rows(&w[start..][..count], cols, first_row, out, 2, |x| x.to_bits());
+                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 2, |x| x.to_bits());
                 }
                 (Panels::F16(out), Storage::Cpu(CpuStorage::F16(w))) => {
-                    pack_rows(&w[start..][..count], cols, first_row, out, 2, |x| x.to_bits());
+                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 2, |x| x.to_bits());
                 }
                 _ => return Err(argument("PackedMatrix::pack", "weights are not in CPU memory")),
             }
             first_row += part.dim(0)?;
         }
-        Ok(Self { rows, cols, panels })
+        Ok(Self { rows, cols, depth, panels })
     }
 
     pub(crate) fn num_bytes(&self) -> usize {
@@ -83,7 +88,7 @@ impl PackedMatrix {
     /// Copies row `idx` into `out` (`cols` elements).
     pub(crate) fn read_row(&self, idx: usize, out: &mut Unwritten) {
         let (panel, lane) = (idx / LANES, idx % LANES);
-        let cols = self.cols.next_multiple_of(2);
+        let cols = self.depth;
         let pair = |k: usize| panel * LANES * cols + (k / 2) * 2 * LANES + lane * 2 + k % 2;
         match &self.panels {
             Panels::F32(data) => {
@@ -108,7 +113,7 @@ impl PackedMatrix {
 /// Spreads row-major `w` over the panels from row `first_row` on; `group` columns of a row stay together.
 fn pack_rows<T: Copy + Sync, U: Copy + Send>(
     w: &[T],
-    cols: usize,
+    (cols, padded_cols): (usize, usize),
     first_row: usize,
     out: &mut [U],
     group: usize,
@@ -117,7 +122,7 @@ fn pack_rows<T: Copy + Sync, U: Copy + Send>(
     if cols == 0 {
         return;
     }
-    let (num_rows, padded_cols) = (w.len() / cols, cols.next_multiple_of(2));
+    let num_rows = w.len() / cols;
     let (first_panel, last_panel) = (first_row / LANES, (first_row + num_rows).div_ceil(LANES));
     let out = OutPtr(out.as_mut_ptr());
     pool::run(last_panel - first_panel, |piece| {

@@ -11,6 +11,8 @@
 // Loops over registers: iterators would hide that the bounds are constants and the arrays never leave registers.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod buffer;
 mod dot;
@@ -128,7 +130,9 @@ macro_rules! dispatch {
         match $crate::cpu::isa() {
             // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Amx => unsafe {
+                avx512($($arg),*)
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -163,7 +167,7 @@ macro_rules! dispatch_dot {
         match $crate::cpu::isa() {
             // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512Vnni => unsafe { vnni($($arg),*) },
+            $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Amx => unsafe { vnni($($arg),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },

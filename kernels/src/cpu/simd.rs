@@ -26,6 +26,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_bf16(p: *const u16) -> Self::V;
     /// Widens sixteen f16.
     unsafe fn load_f16(p: *const u16) -> Self::V;
+    /// Widens sixteen signed bytes.
+    unsafe fn load_i8(p: *const i8) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);
     /// `a * b + c`
@@ -141,6 +143,11 @@ impl Simd for Portable {
         raw.map(|x| half::f16::from_bits(x).to_f32())
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::V {
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V) {
         // SAFETY: thirty-two elements, given by the caller.
         let raw = unsafe { p.cast::<[u16; 2 * LANES]>().read_unaligned() };
@@ -247,6 +254,10 @@ mod x86 {
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
         }
         #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        }
+        #[inline(always)]
         unsafe fn load_bf16_pair(p: *const u16) -> (__m512, __m512) {
             unsafe {
                 let raw = _mm512_loadu_si512(p.cast());
@@ -351,6 +362,14 @@ mod x86 {
                     _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
                     _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
                 )
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> Two {
+            unsafe {
+                let bytes = _mm_loadu_si128(p.cast());
+                let half = |bytes| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+                (half(bytes), half(_mm_unpackhi_epi64(bytes, bytes)))
             }
         }
         #[inline(always)]

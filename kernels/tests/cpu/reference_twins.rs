@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RopeTables};
-use ingle_kernels::{KvLayer, Weight, reference};
+use ingle_kernels::{KvDtype, KvLayer, Weight, isa, reference};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -12,6 +12,7 @@ use super::{CPU, bits, error, random, rng, values};
 #[test]
 fn linear_equals_the_formula() {
     let mut rng = rng(1);
+    let tiles = isa().name() == "amx";
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         for (n, k) in [(1, 1), (16, 2), (17, 3), (33, 64), (130, 65), (576, 192), (48, 577)] {
             let parts = [random(&mut rng, &[n, k]), random(&mut rng, &[n.div_ceil(3), k])];
@@ -22,12 +23,18 @@ fn linear_equals_the_formula() {
             for m in [1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 25, 66] {
                 // A slice of a wider matrix, as the parts of a stacked projection are.
                 let x = random(&mut rng, &[m, k + 5]).narrow(1, 2, k).unwrap();
+                // The matrix unit reads activations as bf16.
+                let x = if tiles && dtype == DType::BF16 {
+                    x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap()
+                } else {
+                    x
+                };
                 for bias in [None, Some(&bias)] {
                     let found = ops::linear(&x, &packed, bias).unwrap();
                     let wanted = reference::linear(&x, &plain, bias).unwrap();
                     // Sums of up to 577 products in another order.
                     assert!(
-                        error(&found, &wanted) < 2e-6,
+                        error(&found, &wanted) < 4e-6,
                         "{dtype:?} {m} x {n} x {k}: {}",
                         error(&found, &wanted)
                     );
@@ -144,7 +151,7 @@ struct Shape {
     kv_heads: usize,
     dim: usize,
     block_size: usize,
-    dtype: DType,
+    dtype: KvDtype,
 }
 
 /// `lens`: for each sequence how many tokens are cached before this step and how many it brings.
@@ -156,12 +163,16 @@ fn step(rng: &mut ChaCha8Rng, shape: &Shape, lens: &[(usize, usize)]) -> Step {
     blocks.shuffle(rng);
     let num_slots = num_blocks * block_size;
     let mut fast = KvLayer::new(num_slots, kv_heads, dim, dtype, &CPU).unwrap();
-    let mut plain = KvLayer::portable(num_slots, kv_heads, dim, dtype, &CPU).unwrap();
+    // What bytes keep of a number is a formula of its own: the twin gets the rounded numbers.
+    let int8 = dtype == KvDtype::Int8;
+    let plain_dtype = if int8 { KvDtype::F32 } else { dtype };
+    let mut plain = KvLayer::portable(num_slots, kv_heads, dim, plain_dtype, &CPU).unwrap();
     // Fill the whole cache, so that whatever lies behind a sequence's end is not zero.
     let everything =
         PagedMeta { slot_mapping: (0..num_slots as u32).collect(), block_size, ..PagedMeta::default() };
     let (k, v) = (random(rng, &[num_slots, kv_heads, dim]), random(rng, &[num_slots, kv_heads, dim]));
     ops::store_kv(&mut fast, &k, &v, &everything).unwrap();
+    let (k, v) = if int8 { (heads_to_bytes(&k), heads_to_bytes(&v)) } else { (k, v) };
     ops::store_kv(&mut plain, &k, &v, &everything).unwrap();
     let mut meta =
         PagedMeta { block_size, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
@@ -175,6 +186,20 @@ fn step(rng: &mut ChaCha8Rng, shape: &Shape, lens: &[(usize, usize)]) -> Step {
     }
     let q = random(rng, &[meta.num_tokens(), heads, dim]);
     Step { meta, q, fast, plain }
+}
+
+/// Each head of each token in 127 steps of its largest element.
+fn heads_to_bytes(x: &Tensor) -> Tensor {
+    let (tokens, heads, dim) = x.dims3().unwrap();
+    let mut rounded = values(x);
+    for head in rounded.chunks_exact_mut(dim) {
+        let largest = head.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        let inverse = 127.0 / largest;
+        for x in head {
+            *x = (*x * inverse).round_ties_even() * (largest / 127.0);
+        }
+    }
+    Tensor::from_vec(rounded, (tokens, heads, dim), &CPU).unwrap()
 }
 
 const PARAMS: AttnParams = AttnParams { scale: 0.6, sliding_window: None, softcap: None };
@@ -191,7 +216,7 @@ fn attention_equals_the_formula() {
     ];
     for (heads, kv_heads, dim) in [(1, 1, 16), (9, 3, 64), (4, 4, 24), (4, 1, 128), (14, 2, 80), (2, 1, 5)] {
         for block_size in [16, 32, 1, 3, 24] {
-            for dtype in [DType::F32, DType::BF16, DType::F16] {
+            for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16, KvDtype::Int8] {
                 for window in [None, Some(1), Some(20), Some(70)] {
                     let params =
                         AttnParams { sliding_window: window, softcap: window.map(|_| 3.0), ..PARAMS };
@@ -237,7 +262,15 @@ fn one_by_one(step: &Step, params: &AttnParams) -> Vec<u32> {
 #[test]
 fn attention_does_not_depend_on_batch_or_chunks() {
     let mut rng = rng(8);
-    for (dtype, block_size) in [(DType::F32, 16), (DType::BF16, 16), (DType::F16, 32), (DType::BF16, 3)] {
+    let caches = [
+        (KvDtype::F32, 16),
+        (KvDtype::Bf16, 16),
+        (KvDtype::F16, 32),
+        (KvDtype::Bf16, 3),
+        (KvDtype::Int8, 16),
+        (KvDtype::Int8, 3),
+    ];
+    for (dtype, block_size) in caches {
         for window in [None, Some(37)] {
             let shape = Shape { heads: 6, kv_heads: 2, dim: 48, block_size, dtype };
             let step = step(&mut rng, &shape, &[(0, 150), (90, 1), (61, 9), (200, 3)]);
@@ -254,7 +287,7 @@ fn attention_does_not_depend_on_batch_or_chunks() {
 
 #[test]
 fn a_step_that_contradicts_itself_is_refused() {
-    let shape = Shape { heads: 2, kv_heads: 1, dim: 16, block_size: 16, dtype: DType::F32 };
+    let shape = Shape { heads: 2, kv_heads: 1, dim: 16, block_size: 16, dtype: KvDtype::F32 };
     let good = step(&mut rng(9), &shape, &[(20, 2), (0, 5)]);
     let refused = |change: &dyn Fn(&mut PagedMeta)| {
         let mut meta = good.meta.clone();
@@ -268,7 +301,7 @@ fn a_step_that_contradicts_itself_is_refused() {
     assert!(refused(&|meta| meta.cu_blocks[1] = 1));
     assert!(refused(&|meta| meta.cu_seqlens_q[2] = 6));
     assert!(refused(&|meta| meta.block_size = 0));
-    let mut layer = KvLayer::new(16, 1, 16, DType::F32, &CPU).unwrap();
+    let mut layer = KvLayer::new(16, 1, 16, KvDtype::F32, &CPU).unwrap();
     let k = Tensor::zeros((1, 1, 16), DType::F32, &CPU).unwrap();
     let at = |slot| PagedMeta { slot_mapping: vec![slot], block_size: 16, ..PagedMeta::default() };
     assert!(ops::store_kv(&mut layer, &k, &k, &at(15)).is_ok());
