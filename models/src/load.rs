@@ -166,7 +166,7 @@ fn kv_bytes_per_token(config: &DecoderConfig, dtype: KvDtype) -> usize {
 }
 
 /// Refuses a model that the machine cannot hold. Only the CPU's memory is asked; a GPU says so itself when it is full.
-fn check_memory(
+pub(crate) fn check_memory(
     source: &dyn TensorSource,
     num_parameters: usize,
     placement: &Placement,
@@ -185,7 +185,7 @@ fn check_memory(
 }
 
 /// Memory that can be had without swapping, where the system tells it: the machine's, or the control group's limit.
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| parse_meminfo(&text));
     let group =
         std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
@@ -201,12 +201,13 @@ fn parse_meminfo(text: &str) -> Option<u64> {
 mod tests {
     use std::path::Path;
 
+    use candle_core::quantized::GgmlDType;
     use candle_core::{DType, Device};
     use ingle_kernels::KvDtype;
 
     use super::{LoadOptions, Placement, check_memory, load_causal_lm, parse_meminfo};
     use crate::convert::{ConvertDtype, ConvertOptions, convert};
-    use crate::gguf::writer::tiny;
+    use crate::gguf::writer::{tiny, tiny_quantised};
     use crate::weights::FolderSource;
     use crate::{Batch, CausalLm};
 
@@ -271,6 +272,41 @@ mod tests {
             assert!(rows.iter().flatten().all(|x| x.is_finite()));
             assert_ne!(rows[0], rows[2], "{architecture}");
             assert_eq!(rows, logits(&*from_folder), "{architecture}");
+        }
+    }
+
+    #[test]
+    fn blocks_of_a_gguf_file_are_computed_as_they_are_stored() {
+        let files: [(&str, fn(&str) -> GgmlDType, &str, f32); 4] = [
+            ("llama", |_| GgmlDType::Q8_0, "Q8_0", 0.02),
+            ("llama", |_| GgmlDType::Q4_1, "Q4_1", 0.02),
+            ("qwen2", |_| GgmlDType::Q4_0, "Q4_0", 0.02),
+            // What has no kernel becomes int8, which adds its own small rounding.
+            (
+                "qwen3",
+                |name| if name.contains("ffn_down") { GgmlDType::Q5_0 } else { GgmlDType::Q4_0 },
+                "Q4_0, int8 (from Q5_0)",
+                0.04,
+            ),
+        ];
+        for (architecture, dtype_of, format, tolerance) in files {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let path = tiny_quantised(architecture, dtype_of).write_to(dir.path());
+            let kept = load_causal_lm(&path, &LoadOptions::default()).expect("loads");
+            assert_eq!(kept.info().weight_format, format);
+            let options = LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() };
+            let plain = load_causal_lm(&path, &options).expect("loads");
+            assert_eq!(plain.info().weight_format, "f32");
+            assert!(kept.info().weight_bytes * 3 < plain.info().weight_bytes, "{format}");
+            let (kept, plain) = (logits(&*kept), logits(&*plain));
+            let largest = plain.iter().flatten().fold(0.0_f32, |max, x| max.max(x.abs()));
+            for (kept, plain) in kept.iter().flatten().zip(plain.iter().flatten()) {
+                // Only activations are rounded, to 127 steps a group.
+                assert!(
+                    (kept - plain).abs() < tolerance * largest,
+                    "{architecture} {format}: {kept}, {plain}"
+                );
+            }
         }
     }
 }

@@ -170,9 +170,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn quad(p: *const i8) -> __m512i {
-            unsafe {
-                _mm512_cvtepi8_epi16(_mm256_set1_epi32(p.cast::<i32>().read_unaligned()))
-            }
+            unsafe { _mm512_cvtepi8_epi16(_mm256_set1_epi32(p.cast::<i32>().read_unaligned())) }
         }
         #[inline(always)]
         unsafe fn add(sums: Self::Sums, codes: Self::Codes, quad: __m512i) -> Self::Sums {

@@ -22,7 +22,7 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     if y.is_empty() {
         return;
     }
-        #[cfg(target_arch = "x86_64")]
+    #[cfg(target_arch = "x86_64")]
     if let (Isa::Amx, Panels::Bf16(data)) = (isa(), &w.panels) {
         return amx::matmul(x, w, data, bias, y);
     }

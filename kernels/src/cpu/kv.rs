@@ -37,7 +37,12 @@ pub(super) enum KvData {
 }
 
 impl KvStore {
-    pub(crate) fn new(num_slots: usize, num_kv_heads: usize, head_dim: usize, dtype: KvDtype) -> Result<Self> {
+    pub(crate) fn new(
+        num_slots: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        dtype: KvDtype,
+    ) -> Result<Self> {
         let padded_dim = head_dim.next_multiple_of(LANES);
         let too_large = || argument("KvLayer::new", format!("{num_slots} slots are too many"));
         let rows = num_slots.next_multiple_of(LANES).checked_mul(num_kv_heads).ok_or_else(too_large)?;
@@ -50,12 +55,9 @@ impl KvStore {
             KvDtype::F32 => KvData::F32 { k: f32s(k_len)?, v: f32s(v_len)? },
             KvDtype::Bf16 => KvData::Bf16 { k: u16s(k_len)?, v: u16s(v_len)? },
             KvDtype::F16 => KvData::F16 { k: u16s(k_len)?, v: u16s(v_len)? },
-            KvDtype::Int8 => KvData::Int8 {
-                k: i8s(k_len)?,
-                v: i8s(v_len)?,
-                k_scales: f32s(rows)?,
-                v_scales: f32s(rows)?,
-            },
+            KvDtype::Int8 => {
+                KvData::Int8 { k: i8s(k_len)?, v: i8s(v_len)?, k_scales: f32s(rows)?, v_scales: f32s(rows)? }
+            }
         };
         Ok(Self { num_slots, num_kv_heads, head_dim, padded_dim, data })
     }

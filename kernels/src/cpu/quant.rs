@@ -155,7 +155,8 @@ impl QuantMatrix {
         let largest = sources.iter().flat_map(|w| w.iter()).fold(0.0_f32, |max, x| max.max(x.abs()));
         // The greatest scale a group can have becomes about one: f16 then keeps eleven bits of all that matter.
         let steps = if width == CodeWidth::Byte { 127.0 } else { 8.0 };
-        matrix.unit = if largest > 0.0 { (largest / steps).log2().ceil().clamp(-120.0, 120.0).exp2() } else { 1.0 };
+        matrix.unit =
+            if largest > 0.0 { (largest / steps).log2().ceil().clamp(-120.0, 120.0).exp2() } else { 1.0 };
         let unit = matrix.unit;
         matrix.fill(|idx, write| {
             for (group, values) in row(idx).chunks(GROUP).enumerate() {

@@ -265,7 +265,8 @@ impl Tile<'_> {
         let panel_bytes = w.width.panel_bytes(depth);
         let codes = w.codes[self.panel * panel_bytes..][..N * panel_bytes].as_ptr();
         let scales = w.scales[self.panel * groups * LANES..][..N * groups * LANES].as_ptr();
-        let mins = w.mins.as_ref().map(|mins| mins[self.panel * groups * LANES..][..N * groups * LANES].as_ptr());
+        let mins =
+            w.mins.as_ref().map(|mins| mins[self.panel * groups * LANES..][..N * groups * LANES].as_ptr());
         let x_codes = x.codes[self.first * depth..][..M * depth].as_ptr();
         let x_scales = &x.scales[self.first * groups..][..M * groups];
         let x_starts = &x.starts[self.first * groups..][..M * groups];

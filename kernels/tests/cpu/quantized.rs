@@ -23,7 +23,8 @@ fn rounded(x: &Tensor) -> Vec<Vec<f64>> {
     let round = |group: &[f32]| {
         let largest = group.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         let inverse = 127.0 / largest;
-        let codes = group.iter().map(move |x| if largest == 0.0 { 0.0 } else { (x * inverse).round_ties_even() });
+        let codes =
+            group.iter().map(move |x| if largest == 0.0 { 0.0 } else { (x * inverse).round_ties_even() });
         codes.map(|code| f64::from(code * (largest / 127.0))).collect::<Vec<_>>()
     };
     rows.iter().map(|row| row.chunks(GROUP).flat_map(round).collect()).collect()
@@ -157,9 +158,11 @@ fn blocks(rng: &mut ChaCha8Rng, block_type: BlockType, rows: usize, cols: usize)
 #[test]
 fn blocks_of_a_file_are_kept_as_they_are() {
     let mut rng = rng(16);
-    for (block_type, dtype) in
-        [(BlockType::Q8_0, GgmlDType::Q8_0), (BlockType::Q4_0, GgmlDType::Q4_0), (BlockType::Q4_1, GgmlDType::Q4_1)]
-    {
+    for (block_type, dtype) in [
+        (BlockType::Q8_0, GgmlDType::Q8_0),
+        (BlockType::Q4_0, GgmlDType::Q4_0),
+        (BlockType::Q4_1, GgmlDType::Q4_1),
+    ] {
         for (n, k) in [(1, 32), (17, 64), (130, 96), (64, 576)] {
             let parts = [blocks(&mut rng, block_type, n, k), blocks(&mut rng, block_type, n.div_ceil(3), k)];
             let weight = Weight::from_blocks(&parts, &CPU).unwrap();

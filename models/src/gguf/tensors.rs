@@ -13,8 +13,8 @@ use ingle_kernels::{BlockType, QuantizedBlocks};
 use super::config::{Architecture, ModelShape};
 use super::header::{Header, TensorInfo};
 use crate::TensorSource;
-use crate::source::BlockFormat;
 use crate::error::{Error, Result, invalid};
+use crate::source::BlockFormat;
 
 /// Divisors of the rotary frequencies; part of the config in transformers.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -169,7 +169,8 @@ impl TensorSource for GgufSource {
 
     fn load_blocks(&self, name: &str) -> Result<QuantizedBlocks> {
         let entry = self.entry(name)?;
-        let (Some(block_type), [rows, cols]) = (block_type(entry.info.dtype), entry.info.shape.as_slice()) else {
+        let (Some(block_type), [rows, cols]) = (block_type(entry.info.dtype), entry.info.shape.as_slice())
+        else {
             return Err(invalid(&self.path, format!("tensor {name} has no blocks that are kept")));
         };
         let (mut bytes, skip) = self.read_bytes(name, &entry.info)?;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use ingle_engine::{
-    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, Limits, LoadOptions,
-    KvDtype, ModelInfo, ModelRunner, Progress, Quantization,
+    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, KvDtype, Limits, LoadOptions,
+    ModelInfo, ModelRunner, Progress, Quantization,
 };
 
 use crate::cli::{DeviceName, FloatType, KvTypeName, ModelArgs, QuantizationName};

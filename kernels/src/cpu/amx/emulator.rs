@@ -14,8 +14,7 @@ struct Tiles {
     data: [[[u8; 64]; 16]; 8],
 }
 
-const EMPTY: Tiles =
-    Tiles { configured: false, rows: [0; 8], row_bytes: [0; 8], data: [[[0; 64]; 16]; 8] };
+const EMPTY: Tiles = Tiles { configured: false, rows: [0; 8], row_bytes: [0; 8], data: [[[0; 64]; 16]; 8] };
 
 thread_local! {
     // Needs neither construction nor destruction, so that a signal handler may touch it.
@@ -119,7 +118,8 @@ unsafe fn execute(code: *const u8, registers: &[i64; 23], tiles: &mut Tiles) -> 
         let extend = (usize::from(first & 0x40 == 0) * 8, usize::from(first & 0x20 == 0) * 8);
         let (prefix, third) = (second & 3, usize::from(!(second >> 3) & 15));
         let modrm = *code.add(4);
-        let (register_form, reg, rm) = (modrm >> 6 == 3, usize::from((modrm >> 3) & 7), usize::from(modrm & 7));
+        let (register_form, reg, rm) =
+            (modrm >> 6 == 3, usize::from((modrm >> 3) & 7), usize::from(modrm & 7));
         match (opcode, prefix, register_form) {
             // ldtilecfg
             (0x49, 0, false) => {
@@ -129,7 +129,8 @@ unsafe fn execute(code: *const u8, registers: &[i64; 23], tiles: &mut Tiles) -> 
                 *tiles = EMPTY;
                 tiles.configured = true;
                 for tile in 0..8 {
-                    tiles.row_bytes[tile] = u16::from_le_bytes([config[16 + 2 * tile], config[17 + 2 * tile]]);
+                    tiles.row_bytes[tile] =
+                        u16::from_le_bytes([config[16 + 2 * tile], config[17 + 2 * tile]]);
                     tiles.rows[tile] = config[48 + tile];
                     assert!(tiles.row_bytes[tile] <= 64 && tiles.rows[tile] <= 16, "tile {tile}");
                 }
@@ -183,16 +184,16 @@ fn multiply(tiles: &mut Tiles, out: usize, a: usize, b: usize) {
     let pairs = usize::from(tiles.row_bytes[a]) / 4;
     assert_eq!(usize::from(tiles.rows[a]), rows);
     assert!(usize::from(tiles.rows[b]) >= pairs && usize::from(tiles.row_bytes[b]) / 4 == columns);
-    let number = |row: &[u8; 64], i: usize| {
-        half::bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32()
-    };
+    let number = |row: &[u8; 64], i: usize| half::bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32();
     for row in 0..rows {
         for column in 0..columns {
             let mut sums = [0.0_f32; 2];
             for pair in 0..pairs {
                 for (i, sum) in sums.iter_mut().enumerate() {
-                    let (x, y) =
-                        (number(&tiles.data[a][row], 2 * pair + i), number(&tiles.data[b][pair], 2 * column + i));
+                    let (x, y) = (
+                        number(&tiles.data[a][row], 2 * pair + i),
+                        number(&tiles.data[b][pair], 2 * column + i),
+                    );
                     *sum = x.mul_add(y, *sum);
                 }
             }

@@ -47,8 +47,7 @@ fn tiles_give_the_formula_and_no_row_depends_on_another() {
         let round = |x: f32| f64::from(half::bf16::from_f32(x).to_f32());
         for row in 0..70 {
             for column in 0..n {
-                let products =
-                    (0..k).map(|i| round(x[row * k + i]) * round(w[column * k + i]));
+                let products = (0..k).map(|i| round(x[row * k + i]) * round(w[column * k + i]));
                 let wanted = products.sum::<f64>() + f64::from(bias[column]);
                 let found = f64::from(all[row * n + column]);
                 assert!((found - wanted).abs() < 2e-5, "{n} x {k} at {row}, {column}: {found}, not {wanted}");
