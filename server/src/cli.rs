@@ -38,6 +38,10 @@ pub enum Command {
     Convert(ConvertArgs),
     /// List the models on this machine.
     Models(ModelsArgs),
+    /// Measure how well a model foresees a text, to see what rounding its weights costs.
+    Perplexity(Box<PerplexityArgs>),
+    /// Tell what this machine offers and what of it is used.
+    Doctor(DoctorArgs),
 }
 
 /// Which model, and how it is loaded; shared by all commands that run one.
@@ -225,6 +229,38 @@ pub struct ModelsArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `ingle perplexity`
+#[derive(Debug, Clone, Args)]
+pub struct PerplexityArgs {
+    /// Folder, GGUF file or hub id.
+    pub model: String,
+    /// A text file; `-`: standard input.
+    pub file: PathBuf,
+    /// How the model is loaded and run.
+    #[command(flatten)]
+    pub load: ModelArgs,
+    /// Tokens scored together; each window starts without a past.
+    #[arg(long, default_value_t = 512)]
+    pub window: usize,
+    /// Stop after this many windows [default: the whole text].
+    #[arg(long)]
+    pub max_windows: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// TOML file with any of these settings.
+    #[arg(long, env = "INGLE_CONFIG")]
+    pub config: Option<PathBuf>,
+}
+
+/// `ingle doctor`
+#[derive(Debug, Clone, Args)]
+pub struct DoctorArgs {
+    /// Compute threads to assume; 0: as many as this process may use.
+    #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
+    pub threads: usize,
 }
 
 /// A floating-point type by the names that vLLM and PyTorch use.

@@ -18,6 +18,8 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run(args),
         Command::Convert(args) => commands::convert(args),
         Command::Models(args) => commands::models(args),
+        Command::Perplexity(args) => commands::perplexity(args),
+        Command::Doctor(args) => commands::doctor(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -202,3 +202,54 @@ async fn the_log_tells_what_was_loaded() {
         assert!(text.contains(word), "{word:?} is missing:\n{text}");
     }
 }
+
+#[test]
+fn perplexity_tells_weights_apart() {
+    let model = TinyModel::llama();
+    let text = model.path().join("text.txt");
+    std::fs::write(&text, "The quick brown fox jumps over the lazy dog. ".repeat(12)).expect("written");
+    let score = |flags: &[&str]| {
+        let fixed = ["--json", "--window", "40", "--kv-cache-memory", "16", "--threads", "1"];
+        let path = text.to_str().expect("a plain path");
+        let told = ingle(&[&["perplexity", model.arg(), path], &fixed[..], flags].concat());
+        assert_eq!(told.code, Some(0), "{told:?}");
+        serde_json::from_str::<Value>(&told.stdout).expect("JSON")
+    };
+    let (exact, again) = (score(&["--dtype", "f32"]), score(&["--dtype", "f32"]));
+    assert_eq!(exact, again, "the same text, the same figure");
+    let (int8, int4) = (score(&["--quantization", "int8"]), score(&["--quantization", "int4"]));
+    assert_eq!(
+        [&exact["weights"], &int8["weights"], &int4["weights"]],
+        [&json!("f32"), &json!("int8"), &json!("int4")]
+    );
+    let value = |score: &Value| score["perplexity"].as_f64().expect("a number");
+    assert!(value(&exact) > 1.0 && value(&exact).is_finite());
+    let off = |score: &Value| (value(score) / value(&exact) - 1.0).abs();
+    assert!(off(&int8) > 0.0 && off(&int8) < 0.02, "{int8} is not near {exact}");
+    assert!(off(&int8) < off(&int4) && off(&int4) < 0.5, "{int8}, {int4}");
+    let one = score(&["--dtype", "f32", "--max-windows", "1"]);
+    assert_eq!(one["tokens"], 39, "the first token of a window has nothing before it");
+
+    let empty = model.path().join("empty.txt");
+    std::fs::write(&empty, "").expect("written");
+    let told = ingle(&["perplexity", model.arg(), empty.to_str().expect("a plain path")]);
+    assert_eq!(told.code, Some(1));
+    assert!(told.stderr.contains("the text has 0 tokens; two are needed"), "{told:?}");
+    let told = ingle(&["perplexity", model.arg(), "no-such-file"]);
+    assert!(told.code == Some(1) && told.stderr.contains("no-such-file could not be read"), "{told:?}");
+}
+
+#[test]
+fn doctor_names_what_is_used() {
+    let told = ingle(&["doctor", "--threads", "1"]);
+    assert_eq!(told.code, Some(0), "{told:?}");
+    for word in ["instruction set", "in use; this processor has", "1 compute", "memory", "cuda", "metal"] {
+        assert!(told.stdout.contains(word), "{word} is missing: {}", told.stdout);
+    }
+    let mut portable = command();
+    portable.arg("doctor").env("INGLE_ISA", "portable");
+    assert!(run(portable).stdout.contains("portable in use"));
+    let mut wrong = command();
+    wrong.arg("doctor").env("INGLE_ISA", "avx9000");
+    assert!(run(wrong).stdout.contains("INGLE_ISA=avx9000 is not among them"));
+}

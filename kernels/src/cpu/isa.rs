@@ -52,6 +52,22 @@ impl Isa {
         sets
     }
 
+    /// What this set means for the models that are run, in a sentence.
+    #[must_use]
+    pub fn explanation(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => "bf16 weights on the matrix unit, int8 and int4 with byte dot products, the rest in vectors",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => "f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "vectors of 512 bits; int8 and int4 weights save memory rather than time",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "vectors of 256 bits; int8 and int4 weights save memory rather than time",
+            Self::Portable => "what the compiler makes of plain loops: everything works, slowly on x86-64",
+        }
+    }
+
     /// Name as the environment switch spells it.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -36,6 +36,8 @@ pub(super) struct Loaded {
     pub(super) root: String,
     /// What happened, a line each.
     pub(super) report: Vec<String>,
+    /// What the matrices are made of, for people.
+    pub(super) weight_format: String,
 }
 
 /// Sizes of the engine that are not the model's.
@@ -130,7 +132,7 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
 
     let mut report = report;
     report.push(phases.line());
-    Ok(Loaded { text, engine, root: root(name), report })
+    Ok(Loaded { text, engine, root: root(name), report, weight_format: info.weight_format })
 }
 
 /// The folder or file of model `name`.
@@ -234,7 +236,7 @@ fn cache_bytes(args: &ModelArgs) -> anyhow::Result<usize> {
 }
 
 /// Memory that can be had without swapping, within the limits of the control group.
-fn available_memory_mib() -> Option<usize> {
+pub(super) fn available_memory_mib() -> Option<usize> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: usize = line.trim().trim_end_matches(" kB").parse().ok()?;

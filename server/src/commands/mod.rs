@@ -1,13 +1,17 @@
 //! What the commands of the binary do; one file each.
 
 mod convert;
+mod doctor;
 mod load;
 mod models;
+mod perplexity;
 mod run;
 mod serve;
 
 pub use convert::convert;
+pub use doctor::doctor;
 pub use models::models;
+pub use perplexity::perplexity;
 pub use run::run;
 pub use serve::serve;
 
