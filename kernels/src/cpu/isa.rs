@@ -57,9 +57,13 @@ impl Isa {
     pub fn explanation(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => "bf16 weights on the matrix unit, int8 and int4 with byte dot products, the rest in vectors",
+            Self::Amx => {
+                "bf16 weights on the matrix unit, int8 and int4 with byte dot products, the rest in vectors"
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => "f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products",
+            Self::Avx512Vnni => {
+                "f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products"
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "vectors of 512 bits; int8 and int4 weights save memory rather than time",
             #[cfg(target_arch = "x86_64")]

@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 
 use super::buffer::AlignedBuf;
 use super::dot::STEP_BYTES;
-use super::simd::LANES;
-use super::{OutPtr, Unwritten, pool};
+use super::simd::{LANES, Simd};
+use super::{OutPtr, Unwritten, dispatch, pool};
 use crate::error::{Result, argument};
 use crate::weight::{BlockType, QuantizedBlocks};
 
@@ -72,16 +72,8 @@ impl CodeWidth {
     }
 }
 
-/// One group of a row, rounded.
-struct Group {
-    scale: f32,
-    /// `code - zero`
-    codes: [i8; MAX_GROUP],
-}
-
 /// Columns of a group when weights are rounded at load.
 const GROUP: usize = 32;
-const MAX_GROUP: usize = GROUP;
 
 impl QuantMatrix {
     fn empty(rows: usize, cols: usize, group: usize, width: CodeWidth, minima: bool) -> Result<Self> {
@@ -113,19 +105,16 @@ impl QuantMatrix {
 
     /// Rounds the rows of all `parts`, one after another, to bytes: 255 steps a group of 32 columns.
     pub(crate) fn int8(parts: &[Tensor]) -> Result<Self> {
-        Self::round(parts, CodeWidth::Byte, |values| {
-            let max = values.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
-            round_group(values, max / 127.0, 127.0)
-        })
+        Self::round(parts, CodeWidth::Byte)
     }
 
     /// Rounds the rows of all `parts` to half bytes: sixteen steps a group of 32 columns, placed to make the sum of the
     /// squared errors of the group small.
     pub(crate) fn int4(parts: &[Tensor]) -> Result<Self> {
-        Self::round(parts, CodeWidth::Half, best_half_bytes)
+        Self::round(parts, CodeWidth::Half)
     }
 
-    fn round(parts: &[Tensor], width: CodeWidth, round: impl Fn(&[f32]) -> Group + Sync) -> Result<Self> {
+    fn round(parts: &[Tensor], width: CodeWidth) -> Result<Self> {
         let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
         let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
         let mut matrix = Self::empty(rows, cols, GROUP, width, false)?;
@@ -135,35 +124,36 @@ impl QuantMatrix {
             .map(|part| part.to_dtype(DType::F32)?.contiguous())
             .collect::<candle_core::Result<Vec<_>>>()?;
         let storages: Vec<_> = parts.iter().map(|part| part.storage_and_layout()).collect();
-        let mut sources = Vec::with_capacity(parts.len());
+        let mut all_rows: Vec<&[f32]> = Vec::with_capacity(rows);
         for ((storage, layout), part) in storages.iter().zip(&parts) {
             let Storage::Cpu(CpuStorage::F32(w)) = &**storage else {
                 return Err(argument("QuantMatrix::round", "weights are not in CPU memory"));
             };
-            sources.push(&w[layout.start_offset()..][..part.elem_count()]);
+            all_rows.extend(w[layout.start_offset()..][..part.elem_count()].chunks_exact(cols));
         }
-        let row = |idx: usize| {
-            let mut idx = idx;
-            for source in &sources {
-                if idx < source.len() / cols {
-                    return &source[idx * cols..][..cols];
-                }
-                idx -= source.len() / cols;
-            }
-            unreachable!("the rows of the parts add up")
-        };
-        let largest = sources.iter().flat_map(|w| w.iter()).fold(0.0_f32, |max, x| max.max(x.abs()));
+        let largest = all_rows.iter().flat_map(|row| row.iter()).fold(0.0_f32, |max, x| max.max(x.abs()));
         // The greatest scale a group can have becomes about one: f16 then keeps eleven bits of all that matter.
         let steps = if width == CodeWidth::Byte { 127.0 } else { 8.0 };
-        matrix.unit =
-            if largest > 0.0 { (largest / steps).log2().ceil().clamp(-120.0, 120.0).exp2() } else { 1.0 };
+        if largest > 0.0 {
+            matrix.unit = (largest / steps).log2().ceil().clamp(-120.0, 120.0).exp2();
+        }
         let unit = matrix.unit;
-        matrix.fill(|idx, write| {
-            for (group, values) in row(idx).chunks(GROUP).enumerate() {
-                let Group { scale, codes } = round(values);
-                write.scale(group, half::f16::from_f32(scale / unit).to_bits());
-                for (i, code) in codes[..values.len()].iter().enumerate() {
-                    write.code(group * GROUP + i, (i32::from(*code) + write.zero) as u8);
+        matrix.fill(|panel, writer| {
+            let rows = &all_rows[panel * LANES..][..LANES.min(rows - panel * LANES)];
+            for group in 0..cols.div_ceil(GROUP) {
+                let columns = group * GROUP..cols.min((group + 1) * GROUP);
+                let mut block = [[0.0_f32; LANES]; GROUP];
+                for (lane, row) in rows.iter().enumerate() {
+                    for (values, x) in block.iter_mut().zip(&row[columns.clone()]) {
+                        values[lane] = *x;
+                    }
+                }
+                let (scales, codes) = round_block(&block, width);
+                for lane in 0..rows.len() {
+                    writer.scale(lane, group, half::f16::from_f32(scales[lane] / unit).to_bits());
+                    for (column, codes) in columns.clone().zip(&codes) {
+                        writer.code(lane, column, (i32::from(codes[lane]) + writer.zero) as u8);
+                    }
                 }
             }
         });
@@ -186,33 +176,38 @@ impl QuantMatrix {
             BlockType::Q4_1 => 0,
         };
         let row_bytes = cols / 32 * block_type.block_bytes();
-        matrix.fill(|idx, write| {
-            let mut idx = idx;
-            let part = parts.iter().find(|part| {
-                let here = idx < part.rows;
-                idx -= if here { 0 } else { part.rows };
-                here
-            });
-            let row = &part.expect("the rows of the parts add up").bytes[idx * row_bytes..][..row_bytes];
-            for (group, block) in row.chunks_exact(block_type.block_bytes()).enumerate() {
-                let f16_at = |i: usize| u16::from_le_bytes([block[i], block[i + 1]]);
-                write.scale(group, f16_at(0));
-                match block_type {
-                    BlockType::Q8_0 => {
-                        for (i, code) in block[2..].iter().enumerate() {
-                            write.code(group * 32 + i, code.wrapping_add(128));
+        let row_of = |mut idx: usize| {
+            for part in parts {
+                if idx < part.rows {
+                    return &part.bytes[idx * row_bytes..][..row_bytes];
+                }
+                idx -= part.rows;
+            }
+            unreachable!("the rows of the parts add up")
+        };
+        matrix.fill(|panel, writer| {
+            for lane in 0..LANES.min(rows - panel * LANES) {
+                let blocks = row_of(panel * LANES + lane).chunks_exact(block_type.block_bytes());
+                for (group, block) in blocks.enumerate() {
+                    let f16_at = |i: usize| u16::from_le_bytes([block[i], block[i + 1]]);
+                    writer.scale(lane, group, f16_at(0));
+                    match block_type {
+                        BlockType::Q8_0 => {
+                            for (i, code) in block[2..].iter().enumerate() {
+                                writer.code(lane, group * 32 + i, code.wrapping_add(128));
+                            }
                         }
-                    }
-                    BlockType::Q4_0 | BlockType::Q4_1 => {
-                        let codes = if block_type == BlockType::Q4_1 {
-                            write.min(group, f16_at(2));
-                            &block[4..]
-                        } else {
-                            &block[2..]
-                        };
-                        for (i, both) in codes.iter().enumerate() {
-                            write.code(group * 32 + i, both & 15);
-                            write.code(group * 32 + 16 + i, both >> 4);
+                        BlockType::Q4_0 | BlockType::Q4_1 => {
+                            let codes = if block_type == BlockType::Q4_1 {
+                                writer.min(lane, group, f16_at(2));
+                                &block[4..]
+                            } else {
+                                &block[2..]
+                            };
+                            for (i, both) in codes.iter().enumerate() {
+                                writer.code(lane, group * 32 + i, both & 15);
+                                writer.code(lane, group * 32 + 16 + i, both >> 4);
+                            }
                         }
                     }
                 }
@@ -221,27 +216,23 @@ impl QuantMatrix {
         Ok(matrix)
     }
 
-    /// Calls `row` for every row on all threads, with what writes it.
-    fn fill(&mut self, row: impl Fn(usize, &mut RowWriter<'_>) + Sync) {
+    /// Calls `write` for every panel on all threads, with what writes it.
+    fn fill(&mut self, write: impl Fn(usize, &mut PanelWriter<'_>) + Sync) {
         let (panel_bytes, groups) = (self.width.panel_bytes(self.depth), self.num_groups());
-        let (rows, cols, width, zero) = (self.rows, self.cols, self.width, self.zero);
+        let (width, zero) = (self.width, self.zero);
         let codes = OutPtr(self.codes.as_mut_ptr());
         let scales = OutPtr(self.scales.as_mut_ptr());
         let mins = self.mins.as_mut().map(|mins| OutPtr(mins.as_mut_ptr()));
-        pool::run(rows.div_ceil(LANES), |panel| {
+        pool::run(self.rows.div_ceil(LANES), |panel| {
             // SAFETY: one piece a panel; panels do not overlap and lie in the buffers by their sizes.
-            let (codes, scales, mut mins) = unsafe {
+            let (codes, scales, mins) = unsafe {
                 (
                     codes.slice(panel * panel_bytes, panel_bytes),
                     scales.slice(panel * groups * LANES, groups * LANES),
                     mins.as_ref().map(|mins| mins.slice(panel * groups * LANES, groups * LANES)),
                 )
             };
-            for lane in 0..LANES.min(rows - panel * LANES) {
-                let mins = mins.as_deref_mut();
-                let mut writer = RowWriter { codes, scales, mins, lane, width, zero, cols };
-                row(panel * LANES + lane, &mut writer);
-            }
+            write(panel, &mut PanelWriter { codes, scales, mins, width, zero });
         });
     }
 
@@ -280,75 +271,131 @@ impl QuantMatrix {
     }
 }
 
-/// Writes one row of a panel.
-struct RowWriter<'a> {
+/// Writes the rows of one panel.
+struct PanelWriter<'a> {
     codes: &'a mut [u8],
     scales: &'a mut [u16],
     mins: Option<&'a mut [u16]>,
-    lane: usize,
     width: CodeWidth,
     zero: i32,
-    cols: usize,
 }
 
-impl RowWriter<'_> {
-    fn code(&mut self, col: usize, code: u8) {
-        debug_assert!(col < self.cols);
-        let (at, shift) = self.width.place(self.lane, col);
+impl PanelWriter<'_> {
+    #[inline(always)]
+    fn code(&mut self, lane: usize, col: usize, code: u8) {
+        let (at, shift) = self.width.place(lane, col);
         self.codes[at] |= code << shift;
     }
 
-    fn scale(&mut self, group: usize, scale: u16) {
-        self.scales[group * LANES + self.lane] = scale;
+    fn scale(&mut self, lane: usize, group: usize, scale: u16) {
+        self.scales[group * LANES + lane] = scale;
     }
 
-    fn min(&mut self, group: usize, min: u16) {
+    fn min(&mut self, lane: usize, group: usize, min: u16) {
         if let Some(mins) = &mut self.mins {
-            mins[group * LANES + self.lane] = min;
+            mins[group * LANES + lane] = min;
         }
     }
 }
 
-/// `values` in steps of `scale`, at most `limit` of them.
-fn round_group(values: &[f32], scale: f32, limit: f32) -> Group {
-    let mut codes = [0; MAX_GROUP];
-    // A group of zeros has no scale; its codes are zero.
-    if scale > 0.0 && scale.is_finite() {
-        for (code, x) in codes.iter_mut().zip(values) {
-            *code = (x / scale).round_ties_even().clamp(-limit, limit) as i8;
-        }
+/// One group of sixteen rows, `[column][row]`: each row's scale, and the codes, counted from zero.
+fn round_block(block: &[[f32; LANES]; GROUP], width: CodeWidth) -> ([f32; LANES], [[i8; LANES]; GROUP]) {
+    type Rounded = ([f32; LANES], [[i8; LANES]; GROUP]);
+    match width {
+        CodeWidth::Byte => dispatch!(round_bytes(block) -> Rounded, [block: &[[f32; LANES]; GROUP]]),
+        CodeWidth::Half => dispatch!(round_halves(block) -> Rounded, [block: &[[f32; LANES]; GROUP]]),
     }
-    Group { scale, codes }
+}
+
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn round_bytes<S: Simd>(block: &[[f32; LANES]; GROUP]) -> ([f32; LANES], [[i8; LANES]; GROUP]) {
+    // SAFETY: rows of the block and of the codes have sixteen elements; the instruction set is given.
+    unsafe {
+        let largest = largest_of::<S>(block);
+        let scales = largest.map(|x| x / 127.0);
+        // A group of zeros has no scale; its codes are zero.
+        let inverse = scales.map(|scale| if scale > 0.0 && scale.is_finite() { 1.0 / scale } else { 0.0 });
+        (scales, codes_of::<S>(block, &inverse, 127.0, 127.0))
+    }
 }
 
 /// Sixteen steps from -8 to 7. The element of the greatest magnitude need not be at the end of the scale: a few scales
 /// around that one are tried, of both signs, each then fitted to its codes by least squares; the best is kept.
-fn best_half_bytes(values: &[f32]) -> Group {
-    let extreme = values.iter().fold(0.0_f32, |max, x| if x.abs() > max.abs() { *x } else { max });
-    let mut best = Group { scale: 0.0, codes: [0; MAX_GROUP] };
-    if extreme == 0.0 || !extreme.is_finite() {
-        best.scale = extreme;
-        return best;
-    }
-    let mut best_gain = f32::NEG_INFINITY;
-    for sign in [-1.0_f32, 1.0] {
-        for factor in 0..13 {
-            let inverse = sign * (8.6 - 0.25 * factor as f32) / extreme;
-            let mut codes = [0_i8; MAX_GROUP];
-            let (mut products, mut squares) = (0.0_f32, 0.0_f32);
-            for (code, x) in codes.iter_mut().zip(values) {
-                let rounded = (x * inverse).round_ties_even().clamp(-8.0, 7.0);
-                *code = rounded as i8;
-                products += rounded * x;
-                squares += rounded * rounded;
-            }
-            // With the scale products / squares, the squared error is sum(x^2) - products^2 / squares.
-            let gain = products * products / squares;
-            if squares > 0.0 && gain > best_gain {
-                best_gain = gain;
-                best = Group { scale: products / squares, codes };
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn round_halves<S: Simd>(block: &[[f32; LANES]; GROUP]) -> ([f32; LANES], [[i8; LANES]; GROUP]) {
+    // SAFETY: as above.
+    unsafe {
+        let largest = largest_of::<S>(block);
+        let mut best_gain = [0.0_f32; LANES];
+        let (mut scales, mut inverses) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        for sign in [-1.0_f32, 1.0] {
+            for factor in 0..13 {
+                let steps = sign * (8.6 - 0.25 * factor as f32);
+                let inverse = largest.map(|x| if x > 0.0 && x.is_finite() { steps / x } else { 0.0 });
+                let inverse_lanes = S::load(inverse.as_ptr());
+                let (mut products, mut squares) = (S::splat(0.0), S::splat(0.0));
+                for values in block {
+                    let x = S::load(values.as_ptr());
+                    let code = S::round(S::mul(x, inverse_lanes));
+                    let code = S::min(S::max(code, S::splat(-8.0)), S::splat(7.0));
+                    products = S::fma(code, x, products);
+                    squares = S::fma(code, code, squares);
+                }
+                let (products, squares) = (S::to_array(products), S::to_array(squares));
+                for lane in 0..LANES {
+                    // With the scale products / squares, the squared error is sum(x^2) - products^2 / squares.
+                    let gain = products[lane] * (products[lane] / squares[lane]);
+                    if squares[lane] > 0.0 && gain > best_gain[lane] {
+                        best_gain[lane] = gain;
+                        scales[lane] = products[lane] / squares[lane];
+                        inverses[lane] = inverse[lane];
+                    }
+                }
             }
         }
+        (scales, codes_of::<S>(block, &inverses, 8.0, 7.0))
     }
-    best
+}
+
+/// Each row's largest magnitude.
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn largest_of<S: Simd>(block: &[[f32; LANES]; GROUP]) -> [f32; LANES] {
+    // SAFETY: as above.
+    unsafe {
+        let mut largest = S::splat(0.0);
+        for values in block {
+            let x = S::load(values.as_ptr());
+            largest = S::max(largest, S::max(x, S::sub(S::splat(0.0), x)));
+        }
+        S::to_array(largest)
+    }
+}
+
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn codes_of<S: Simd>(
+    block: &[[f32; LANES]; GROUP],
+    inverse: &[f32; LANES],
+    low: f32,
+    high: f32,
+) -> [[i8; LANES]; GROUP] {
+    let mut codes = [[0_i8; LANES]; GROUP];
+    for (codes, values) in codes.iter_mut().zip(block) {
+        // SAFETY: as above.
+        unsafe {
+            let code = S::mul(S::load(values.as_ptr()), S::load(inverse.as_ptr()));
+            let code = S::min(S::max(S::round(code), S::splat(-low)), S::splat(high));
+            S::store_i8(codes.as_mut_ptr(), code);
+        }
+    }
+    codes
 }

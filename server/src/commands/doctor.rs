@@ -13,10 +13,14 @@ use crate::cli::DoctorArgs;
 /// If standard output cannot be written.
 pub fn doctor(args: &DoctorArgs) -> anyhow::Result<()> {
     set_num_threads(args.threads);
-    let mut lines = vec![("ingle", format!("{}, built for {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH))];
+    let mut lines =
+        vec![("ingle", format!("{}, built for {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH))];
     let (used, available) = (isa(), Isa::available());
     let names = |sets: &[Isa]| sets.iter().map(|set| set.name()).collect::<Vec<_>>().join(", ");
-    lines.push(("instruction set", format!("{} in use; this processor has {}", used.name(), names(&available))));
+    lines.push((
+        "instruction set",
+        format!("{} in use; this processor has {}", used.name(), names(&available)),
+    ));
     lines.push(("", used.explanation().to_owned()));
     if let Ok(wanted) = std::env::var("INGLE_ISA") {
         if wanted != used.name() {
@@ -26,9 +30,15 @@ pub fn doctor(args: &DoctorArgs) -> anyhow::Result<()> {
         }
     }
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    lines.push(("threads", format!("{} compute; this process may use {processors} processors", num_threads())));
+    lines.push((
+        "threads",
+        format!("{} compute; this process may use {processors} processors", num_threads()),
+    ));
     if num_threads() > processors {
-        lines.push(("advice", "more threads than processors wait for each other: leave --threads at 0".to_owned()));
+        lines.push((
+            "advice",
+            "more threads than processors wait for each other: leave --threads at 0".to_owned(),
+        ));
     }
     match available_memory_mib() {
         Some(mib) => lines.push(("memory", format!("{mib} MiB can be had for weights and cache"))),

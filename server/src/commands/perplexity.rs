@@ -33,8 +33,11 @@ pub fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
     if window < 2 {
         bail!("a window of {window} tokens has nothing to foresee");
     }
-    let windows: Vec<&[u32]> =
-        ids.chunks(window).filter(|window| window.len() >= 2).take(args.max_windows.unwrap_or(usize::MAX)).collect();
+    let windows: Vec<&[u32]> = ids
+        .chunks(window)
+        .filter(|window| window.len() >= 2)
+        .take(args.max_windows.unwrap_or(usize::MAX))
+        .collect();
     if windows.is_empty() {
         bail!("the text has {} tokens; two are needed", ids.len());
     }
@@ -75,7 +78,11 @@ pub fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         });
         writeln!(out, "{report}")?;
     } else {
-        writeln!(out, "perplexity {perplexity:.4} over {count} tokens in windows of {window} ({})", loaded.weight_format)?;
+        writeln!(
+            out,
+            "perplexity {perplexity:.4} over {count} tokens in windows of {window} ({})",
+            loaded.weight_format
+        )?;
     }
     Ok(())
 }
