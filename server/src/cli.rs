@@ -4,12 +4,16 @@
 //! the file given with `--config` (or `INGLE_CONFIG`), at the top level or in a table named after the command. A flag
 //! wins over the environment, the environment over the file, the file over the default.
 
+mod tier;
+
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+pub use tier::{RegisterArgs, TierArgs};
 
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
 #[derive(Debug, Parser)]
@@ -23,7 +27,8 @@ pub struct Cli {
 const AFTER_HELP: &str = "\
 Examples:
   ingle serve HuggingFaceTB/SmolLM2-135M-Instruct     serve a model of the hub on 127.0.0.1:8080
-  ingle serve ./my-model --served-model-name local,gpt-4
+  ingle serve ./my-model --served-model-name local --alias gpt-4,llama-2-70b
+  ingle serve ./my-model --register smg+http://router:30000
   ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
   ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder";
 
@@ -38,6 +43,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// List the models on this machine.
     Models(ModelsArgs),
+    /// Ask routers whether they can be reached and know a server.
+    Register(RegisterArgs),
 }
 
 /// Which model, and how it is loaded; shared by all commands that run one.
@@ -166,6 +173,9 @@ pub struct ServeArgs {
     /// What is logged: error, warn, info, debug, or a tracing filter.
     #[arg(long, env = "INGLE_LOG", default_value = "info", help_heading = "Serving")]
     pub log: String,
+    /// How it behaves as a tier.
+    #[command(flatten)]
+    pub tier: TierArgs,
     /// TOML file with any of these settings.
     #[arg(long, env = "INGLE_CONFIG", help_heading = "Serving")]
     pub config: Option<PathBuf>,

@@ -27,7 +27,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::{http, state::AppState};
+use crate::{http, state::AppState, tier};
 use connection::{Class, Shared};
 pub use shutdown::{Shutdown, ShutdownTrigger};
 
@@ -197,6 +197,7 @@ impl Server {
         let Self { shared, accepting } = self;
         shared.serve(app);
         let mut died = false;
+        let watching = tokio::spawn(watch_engine(state.clone()));
         tokio::select! {
             () = shutdown.signalled(1) => {}
             () = engine_died(&state) => died = true,
@@ -210,9 +211,15 @@ impl Server {
             let _ = timeout_at(deadline, shared.idle()).await;
         } else {
             tracing::info!("shutting down: no new requests, running ones finish");
+            let deadline = Instant::now() + shared.config.drain_timeout;
+            state.announce_drain();
+            // Routers first: until they have taken us off, what they send is served.
+            tokio::select! {
+                () = state.registry().leave() => {}
+                () = shutdown.signalled(2) => {}
+            }
             state.start_drain();
             shared.drain.cancel();
-            let deadline = Instant::now() + shared.config.drain_timeout;
             tokio::select! {
                 () = shared.idle() => {}
                 () = tokio::time::sleep_until(deadline) => tracing::warn!("requests still run at the drain deadline; cutting them"),
@@ -225,7 +232,16 @@ impl Server {
         let _ = timeout_at(Instant::now() + Duration::from_millis(500), shared.idle()).await;
         shared.stop.cancel();
         let _ = timeout_at(Instant::now() + Duration::from_millis(200), accepting.wait()).await;
+        watching.abort();
         if died { Err(ServeError::EngineDead) } else { Ok(()) }
+    }
+}
+
+/// Notes the engine's progress for the tier card.
+async fn watch_engine(state: AppState) {
+    loop {
+        state.tier().tick(std::time::Instant::now(), state.engine());
+        sleep(tier::TICK).await;
     }
 }
 

@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run(args),
         Command::Convert(args) => commands::convert(args),
         Command::Models(args) => commands::models(args),
+        Command::Register(args) => commands::register(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

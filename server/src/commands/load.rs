@@ -14,7 +14,7 @@ use ingle_engine::{
 
 use crate::cli::{DeviceName, FloatType, ModelArgs, QuantizationName};
 use crate::hub;
-use crate::state::TextModel;
+use crate::state::{ModelCard, TextModel};
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// The model that `ingle serve` serves when none is named.
@@ -34,6 +34,8 @@ pub(super) struct Loaded {
     pub(super) engine: EngineHandle,
     /// What was asked for, fit to be shown to clients: a hub id or the last part of a path.
     pub(super) root: String,
+    /// What is known of the model.
+    pub(super) card: ModelCard,
     /// What happened, a line each.
     pub(super) report: Vec<String>,
 }
@@ -123,7 +125,14 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
 
     let mut report = report;
     report.push(phases.line());
-    Ok(Loaded { text, engine, root: root(name), report })
+    let root = root(name);
+    let card = ModelCard {
+        dtype: Some(info.dtype.as_str().to_owned()),
+        quantization: info.quantization.map(|quantization| quantization_name(quantization).to_owned()),
+        parameters: u64::try_from(info.num_parameters).ok(),
+        ..ModelCard::new(root.clone())
+    };
+    Ok(Loaded { text, engine, root, card, report })
 }
 
 /// The folder or file of model `name`.
@@ -257,9 +266,7 @@ fn report(
         format!(
             "weights    {:.1} M parameters, {} {:.0} MiB, on {place}",
             info.num_parameters as f64 / 1e6,
-            info.quantization.map_or(info.dtype.as_str(), |quantization| match quantization {
-                Quantization::Int8 => "int8",
-            }),
+            info.quantization.map_or(info.dtype.as_str(), quantization_name),
             mib(info.weight_bytes),
         ),
         format!(
@@ -277,6 +284,12 @@ fn report(
             ),
         },
     ]
+}
+
+fn quantization_name(quantization: Quantization) -> &'static str {
+    match quantization {
+        Quantization::Int8 => "int8",
+    }
 }
 
 /// What a client may see of `name`: the id, or the last part of a path.

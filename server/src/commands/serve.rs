@@ -11,16 +11,17 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::load::{DEFAULT_MODEL, EngineSizes, Loaded, load};
+use super::tier::TierSettings;
 use crate::app;
 use crate::cli::ServeArgs;
 use crate::listen::{ListenConfig, Listener, Server, Shutdown, raise_file_limit};
 use crate::logging;
-use crate::state::{AppConfig, AppState, ModelCard};
+use crate::state::{AppConfig, AppState};
 
 /// Serves until told to stop. The status is 0 after an orderly end, 1 if loading or the engine failed, 2 if a setting or
 /// the address cannot be used.
 pub fn serve(args: &ServeArgs) -> ExitCode {
-    let log = match logging::start(args.log_format, &args.log) {
+    let log = match logging::start(args.log_format, &args.log, args.tier.otlp_traces_endpoint.as_deref()) {
         Ok(guard) => guard,
         Err(error) => return fail(2, &error),
     };
@@ -46,6 +47,10 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
         Err(error) => return fail(2, &error),
     };
     let place = place(args, &listener);
+    let mut settings = match TierSettings::read(args, &place) {
+        Ok(settings) => settings,
+        Err(error) => return fail(2, &error),
+    };
     let connections = raise_file_limit();
     let config = ListenConfig {
         max_connections: connections.min(ListenConfig::default().max_connections),
@@ -75,19 +80,32 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
     for line in &loaded.report {
         tracing::info!("{line}");
     }
-    let state = match state(args, loaded) {
+    let state = match state(args, &settings, loaded) {
         Ok(state) => state,
-        Err(error) => return fail(1, &anyhow::anyhow!("no threads for the tokenizer: {error}")),
+        Err(error) => return fail(2, &error),
     };
-    let names = state.served_names().join(", ");
+    if args.tier.probe {
+        state.probe().await;
+    }
+    let names = state.names_shown();
     if args.api_key.is_empty() && !args.host.is_loopback() && args.uds.is_none() {
         tracing::warn!("no --api-key is set: everybody who reaches this address may use the model");
     }
     tracing::info!("ready      serving {names} on {place}");
-    match server.run(app(state.clone()), state, shutdown).await {
+    let app = app(state.clone());
+    if let Some(config) = settings.register.take() {
+        match reqwest::Client::builder().build() {
+            Ok(client) => state.register(&config, &client),
+            Err(error) => return fail(1, &anyhow::anyhow!("no client for routers: {error}")),
+        }
+    }
+    let status = match server.run(app, state, shutdown).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(1, &error.into()),
-    }
+    };
+    // Only now: the last requests are in it.
+    drop(settings.audit_guard.take());
+    status
 }
 
 fn fail(status: u8, error: &anyhow::Error) -> ExitCode {
@@ -116,13 +134,14 @@ fn place(args: &ServeArgs, listener: &Listener) -> String {
     }
 }
 
-fn state(args: &ServeArgs, loaded: Loaded) -> std::io::Result<AppState> {
+fn state(args: &ServeArgs, settings: &TierSettings, loaded: Loaded) -> anyhow::Result<AppState> {
     let mut served_names = args.served_model_name.clone();
     if served_names.is_empty() {
         served_names.push(loaded.root.clone());
     }
-    let config = AppConfig {
+    let mut config = AppConfig {
         served_names,
+        echo_alias: args.tier.echo_alias,
         api_keys: args.api_key.clone(),
         open_metrics: !args.protect_metrics,
         host_check: args.uds.is_none() && args.host.is_loopback(),
@@ -133,5 +152,6 @@ fn state(args: &ServeArgs, loaded: Loaded) -> std::io::Result<AppState> {
         request_timeout: Duration::from_secs(args.request_timeout),
         ..AppConfig::default()
     };
-    AppState::new(config, loaded.engine, loaded.text, ModelCard::new(loaded.root))
+    settings.apply(&mut config)?;
+    Ok(AppState::new(config, loaded.engine, loaded.text, loaded.card)?)
 }

@@ -56,6 +56,7 @@ pub(crate) async fn version() -> Json<VersionBody> {
     responses((status = 200, description = "The metrics.", content_type = "text/plain", body = String)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Response {
     let ready = !state.is_draining() && is_ready(&state.engine().health());
+    state.metrics().tier(&state);
     let text = state.metrics().render(&state.engine().stats(), ready);
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], text).into_response()

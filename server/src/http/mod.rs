@@ -16,10 +16,13 @@ pub(crate) mod openapi;
 pub(crate) mod params;
 pub(crate) mod sse;
 pub(crate) mod tally;
+pub(crate) mod tier;
 pub(crate) mod tokenize;
 pub(crate) mod tokens;
 pub mod types;
 pub(crate) mod validate;
+
+use std::time::Duration;
 
 use axum::{
     Router,
@@ -34,6 +37,7 @@ use tower_http::{catch_panic::CatchPanicLayer, cors::CorsLayer};
 use crate::{
     auth,
     error::{ApiError, ApiResult, ErrorKind, draining},
+    record::{self, Record},
     state::AppState,
 };
 use generate::{Piece, Pieces};
@@ -51,6 +55,8 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
         ("/v1/models/{*id}", get(models::one)),
         ("/tokenize", post(tokenize::tokenize)),
         ("/detokenize", post(tokenize::detokenize)),
+        ("/tier", get(tier::tier)),
+        ("/usage", get(tier::usage)),
         ("/health", get(health::live)),
         ("/ready", get(health::ready)),
         ("/version", get(health::version)),
@@ -95,6 +101,7 @@ fn build(routes: Vec<(&'static str, MethodRouter<AppState>)>, state: AppState) -
     let mut router = router
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(state.clone(), record::keep))
         .layer(from_fn_with_state(state.clone(), auth::require_key))
         .layer(from_fn_with_state(state.clone(), auth::check_host))
         .layer(from_fn(edge::refuse_odd_framing));
@@ -133,6 +140,25 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
     Some(layer.allow_origin(list))
 }
 
+/// Tells a program that reads no bodies where the time went.
+pub(crate) fn receipt_headers(response: &mut Response, usage: &types::UsageBody) {
+    let receipt = &usage.receipt;
+    let timing = format!(
+        "queue;dur={:.3}, prefill;dur={:.3}, decode;dur={:.3}",
+        receipt.queue_ms, receipt.prefill_ms, receipt.decode_ms
+    );
+    let mut set = |name: &'static str, value: String| {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response.headers_mut().insert(HeaderName::from_static(name), value);
+        }
+    };
+    set("server-timing", timing);
+    set("x-ingle-cached-tokens", usage.prompt_tokens_details.cached_tokens.to_string());
+    if let Some(rate) = receipt.tokens_per_second {
+        set("x-ingle-tokens-per-second", format!("{rate:.2}"));
+    }
+}
+
 const X_IGNORED_PARAMS: HeaderName = HeaderName::from_static("x-ignored-params");
 
 /// Tells the client which parameters had no effect.
@@ -148,11 +174,11 @@ pub(crate) fn new_id(prefix: &str) -> String {
 }
 
 /// What a request that ran out of time is told.
-pub(crate) fn deadline(state: &AppState) -> ApiError {
-    let seconds = state.config().request_timeout.as_secs();
+pub(crate) fn deadline(limit: Duration) -> ApiError {
+    let seconds = limit.as_secs_f64();
     ApiError::new(
         ErrorKind::Deadline,
-        format!("The request took longer than {seconds} seconds, the limit of this server."),
+        format!("The request took longer than the {seconds:.1} seconds it had."),
     )
 }
 
@@ -162,6 +188,7 @@ pub(crate) fn deadline(state: &AppState) -> ApiError {
 /// The request's failure, the deadline, or the end of the server.
 pub(crate) async fn collect(
     state: &AppState,
+    record: &Record,
     mut pieces: Pieces,
     mut take: impl FnMut(Piece),
 ) -> ApiResult<()> {
@@ -171,9 +198,10 @@ pub(crate) async fn collect(
         }
         Ok(())
     };
+    let limit = record.limit();
     tokio::select! {
-        result = tokio::time::timeout(state.config().request_timeout, all) => {
-            result.unwrap_or_else(|_| Err(deadline(state)))
+        result = tokio::time::timeout(limit, all) => {
+            result.unwrap_or_else(|_| Err(deadline(limit)))
         }
         () = state.cut().cancelled() => Err(draining()),
     }

@@ -1,5 +1,7 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`. Names are looked up in a list and never become paths.
 
+use std::time::Instant;
+
 use axum::{
     Json,
     extract::{Path, State},
@@ -11,17 +13,18 @@ use super::{
 };
 use crate::{error::ApiResult, state::AppState};
 
-fn object(state: &AppState, id: &str) -> ModelObject {
+fn object(state: &AppState, id: &str, model: &str) -> ModelObject {
     let card = state.card();
-    let main = state.default_model();
+    let tier = state.tier().card(Instant::now(), model, id);
     ModelObject {
         id: id.to_owned(),
         object: "model",
         created: card.created,
         owned_by: card.owned_by.clone(),
         root: card.root.clone(),
-        parent: (id != main).then(|| main.to_owned()),
+        parent: (id != model).then(|| model.to_owned()),
         max_model_len: state.limits().max_model_len,
+        card: tier,
     }
 }
 
@@ -29,7 +32,7 @@ fn object(state: &AppState, id: &str) -> ModelObject {
 #[utoipa::path(get, path = "/v1/models", tag = "models",
     responses((status = 200, description = "All names.", body = ModelList)))]
 pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
-    let data = state.config().served_names.iter().map(|name| object(&state, name)).collect();
+    let data = state.names().iter().map(|(name, model)| object(&state, name, model)).collect();
     Json(ModelList { object: "list", data })
 }
 
@@ -43,8 +46,8 @@ pub(crate) async fn one(
     State(state): State<AppState>,
     Path(id): Path<String>,
 ) -> ApiResult<Json<ModelObject>> {
-    if state.config().served_names.contains(&id) {
-        return Ok(Json(object(&state, &id)));
+    match state.resolve(&id) {
+        Some(name) => Ok(Json(object(&state, &id, &name.served))),
+        None => Err(unknown_model(&id)),
     }
-    Err(unknown_model(&id))
 }

@@ -12,7 +12,7 @@ use utoipa::{
     openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme},
 };
 
-use super::{chat, completions, health, models, tokenize, types};
+use super::{chat, completions, health, models, tier, tokenize, types};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -24,7 +24,8 @@ use super::{chat, completions, health, models, tokenize, types};
     ),
     paths(
         chat::create, chat::render, completions::create, models::list, models::one, tokenize::tokenize,
-        tokenize::detokenize, health::live, health::ready, health::version, health::metrics
+        tokenize::detokenize, health::live, health::ready, health::version, health::metrics,
+        tier::tier, tier::usage
     ),
     components(schemas(types::ChatChunk<'static>)),
     modifiers(&Keys)

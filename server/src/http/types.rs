@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+pub use super::tier::{LoadBody, TierBody, UsageList};
+use crate::tier::card::TierCard;
+
 /// Tokens that were counted.
 #[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct UsageBody {
@@ -16,6 +19,21 @@ pub struct UsageBody {
     pub total_tokens: u64,
     /// Of the prompt tokens.
     pub prompt_tokens_details: PromptTokensDetails,
+    /// Where the time went.
+    pub receipt: Receipt,
+}
+
+/// Where the time of a request went. With several prompts or choices, the longest of each.
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+pub struct Receipt {
+    /// Milliseconds in the queue.
+    pub queue_ms: f64,
+    /// Milliseconds from there to the first token.
+    pub prefill_ms: f64,
+    /// Milliseconds from the first token to the last so far.
+    pub decode_ms: f64,
+    /// Answer tokens after the first of each prompt, per second of decode; null without any.
+    pub tokens_per_second: Option<f64>,
 }
 
 /// Where prompt tokens came from.
@@ -211,6 +229,9 @@ pub struct ModelObject {
     pub parent: Option<String>,
     /// Tokens of prompt and answer at most.
     pub max_model_len: usize,
+    /// What routers have to know; see `/tier`.
+    #[serde(flatten)]
+    pub card: Option<TierCard>,
 }
 
 /// The list of models.
