@@ -195,6 +195,8 @@ impl Server {
     /// a failure.
     pub async fn run(self, app: Router, state: AppState, mut shutdown: Shutdown) -> Result<(), ServeError> {
         let Self { shared, accepting } = self;
+        // The first look is before the first request, so that the card is never without one.
+        state.tier().tick(std::time::Instant::now(), state.engine());
         shared.serve(app);
         let mut died = false;
         let watching = tokio::spawn(watch_engine(state.clone()));

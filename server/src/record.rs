@@ -300,7 +300,9 @@ impl Drop for Inner {
             from_cache: facts.replayed,
             prompt: facts.prompt.as_deref(),
         };
-        telemetry::generation(&self.span, &entry);
+        if self.state.config().traces {
+            telemetry::generation(&self.span, &entry);
+        }
         self.state.book(&entry);
     }
 }

@@ -42,6 +42,8 @@ pub struct AppConfig {
     pub instance_id: Option<String>,
     /// Where answers are kept to be given again; `None`: nowhere.
     pub response_cache: Option<CacheConfig>,
+    /// Whether spans are described for OpenTelemetry.
+    pub traces: bool,
     /// The audit log.
     pub audit: Option<Audit>,
     /// Keys of which a request must bring one; none: everybody may ask.
@@ -81,6 +83,7 @@ impl Default for AppConfig {
             tier: TierConfig::default(),
             instance_id: None,
             response_cache: None,
+            traces: false,
             audit: None,
             api_keys: Vec::new(),
             open_metrics: true,

@@ -63,8 +63,10 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// Puts `span` into the trace that `headers` name, if they name one.
-pub(crate) fn join(span: &Span, headers: &HeaderMap) {
+/// Names `span`, and puts it into the trace that `headers` name, if they name one.
+pub(crate) fn begin(span: &Span, method: &'static str, route: &str, headers: &HeaderMap) {
+    span.record("otel.kind", "server");
+    span.record("otel.name", format!("{method} {route}"));
     if headers.contains_key("traceparent") {
         // Without traces the span has no place for it, which is no fault.
         let _ = span.set_parent(TraceContextPropagator::new().extract(&Headers(headers)));

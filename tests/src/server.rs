@@ -68,7 +68,9 @@ impl Launch {
             let variable = format!("INGLE_{}", flag[2..].to_uppercase().replace('-', "_"));
             self.args.iter().any(|arg| arg == flag) || self.env.iter().any(|(name, _)| *name == *variable)
         };
-        for (flag, value) in [("--port", "0"), ("--threads", "1"), ("--kv-cache-memory", "16")] {
+        for (flag, value) in
+            [("--port", "0"), ("--threads", "1"), ("--kv-cache-memory", "16"), ("--probe", "false")]
+        {
             if !given(flag) {
                 command.args([flag, value]);
             }

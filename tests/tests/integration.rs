@@ -3,6 +3,7 @@
 mod batching_equivalence;
 mod cancellation;
 mod cli;
+mod drills;
 mod hostile;
 mod memory;
 mod metrics;
@@ -10,11 +11,14 @@ mod openai_api;
 mod overload;
 mod preemption;
 mod prefix_cache;
+mod register;
+mod response_cache;
 mod shutdown;
 mod smollm2;
 mod start_errors;
 mod streaming;
 mod tidy;
+mod tier;
 
 use serde_json::{Value, json};
 

@@ -142,6 +142,7 @@ fn state(args: &ServeArgs, settings: &TierSettings, loaded: Loaded) -> anyhow::R
     let mut config = AppConfig {
         served_names,
         echo_alias: args.tier.echo_alias,
+        traces: args.tier.otlp_traces_endpoint.is_some(),
         api_keys: args.api_key.clone(),
         open_metrics: !args.protect_metrics,
         host_check: args.uds.is_none() && args.host.is_loopback(),

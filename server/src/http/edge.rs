@@ -56,16 +56,20 @@ pub(crate) async fn observe(State(state): State<AppState>, mut request: Request,
         request_id = id.to_str().unwrap_or(""),
         method,
         route,
-        otel.kind = "server",
-        otel.name = format!("{method} {route}"),
+        otel.kind = tracing::field::Empty,
+        otel.name = tracing::field::Empty,
         otel.status_code = tracing::field::Empty,
     );
-    telemetry::join(&span, request.headers());
+    if state.config().traces {
+        telemetry::begin(&span, method, route, request.headers());
+    }
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(X_REQUEST_ID, id);
     let status = response.status().as_u16();
     state.metrics().http_request(method, route, status);
-    telemetry::http_status(&span, method, route, status);
+    if state.config().traces {
+        telemetry::http_status(&span, method, route, status);
+    }
     span.in_scope(|| {
         let seconds = started.elapsed().as_secs_f64();
         if status >= 500 {

@@ -24,6 +24,8 @@ pub struct Announcement {
 pub struct Model {
     /// The name.
     pub name: String,
+    /// The model it stands for, by its own name.
+    pub own: String,
     /// `chat`, `completion`, `embeddings` or `rerank`.
     pub task: String,
     /// Cost of a thousand tokens, where it is known.
@@ -42,8 +44,10 @@ impl Announcement {
         let models = body
             .models
             .iter()
-            .map(|card| Model {
+            .zip(state.names())
+            .map(|(card, (_, own))| Model {
                 name: card.name.clone(),
+                own,
                 task: card.task.to_owned(),
                 cost_per_1k: card.cost_per_1k,
                 context: card.context,

@@ -37,7 +37,15 @@ impl Smg {
     }
 
     fn spec(me: &Announcement) -> Value {
-        let models: Vec<Value> = me.models.iter().map(|model| json!({"id": model.name})).collect();
+        // It looks at our list itself and keeps the first name; others it learns as aliases of that.
+        let own = me.models.iter().filter(|model| model.name == model.own);
+        let models: Vec<Value> = own
+            .map(|own| {
+                let others = me.models.iter().filter(|model| model.own == own.own && model.name != own.own);
+                let aliases: Vec<&str> = others.map(|model| model.name.as_str()).collect();
+                json!({"id": own.name, "aliases": aliases})
+            })
+            .collect();
         let cost = me.models.first().and_then(|model| model.cost_per_1k).unwrap_or(0.0);
         let mut spec = json!({
             "url": me.url,
