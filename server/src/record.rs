@@ -255,7 +255,7 @@ impl Drop for Inner {
         let now = Instant::now();
         let latency = facts.ended.unwrap_or(now).saturating_duration_since(self.arrived);
         let status = facts.status.unwrap_or(CLIENT_GONE);
-        let aborted = status < 400 && facts.finish.is_none() && !facts.failed && !facts.prompts.is_empty();
+        let aborted = status < 400 && facts.stream && facts.finish.is_none() && !facts.failed;
         let verdict = match status {
             _ if facts.not_ours || aborted => Verdict::NotOurs,
             _ if facts.failed => Verdict::Failed,

@@ -32,6 +32,8 @@ def main(ingle_path, model, programs, work, num):
     port, metrics = free_port(), free_port()
     base = f"http://127.0.0.1:{port}"
     command = [f"{programs}/smg", "launch", "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware"]
+    # A replica that was killed and came back is tried again soon.
+    command += ["--cb-timeout-duration-secs", "1", "--health-check-interval-secs", "1"]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
     flags = ["--register", f"smg+{base}", "--heartbeat-interval", "0.5"]
 
@@ -52,6 +54,7 @@ def main(ingle_path, model, programs, work, num):
             with start("first again", first.port) as again:
                 again.ready()
                 wait_for("SMG knows it again", lambda: workers(base).get(again.url) == "ready", router.process)
+                used_again(base, f"{work}/first again.jsonl")
                 terminated(base, second, num)
 
 
@@ -59,7 +62,7 @@ def affinity(base, work):
     """Requests with the same beginning go to the same replica."""
     for round_ in range(ROUNDS):
         for prefix in range(PREFIXES):
-            text = f"{prefix} is the number of this conversation. " * 12 + f"Turn {round_}."
+            text = f"{prefix} is the number of this conversation. " * 4 + f"Turn {round_}."
             status, _, body = ask(f"{base}/v1/chat/completions", chat("local", text, 2))
             assert status == 200, (status, body[:500])
     total = PREFIXES * ROUNDS
@@ -99,6 +102,18 @@ def under_load(base, num, act):
     thread.join(PATIENCE)
     assert acted.is_set()
     return [result for result in results if result]
+
+
+def used_again(base, log):
+    """The router may keep away for a while from an address where a replica died."""
+    before = time.monotonic()
+
+    def served():
+        ask(f"{base}/v1/chat/completions", chat("local", f"{time.monotonic()} is a new conversation", 2))
+        return any(line["status"] == 200 for line in audit(log))
+
+    wait_for("the replica that came back is used", served)
+    print(f"   used again {time.monotonic() - before:.1f} s after it was back")
 
 
 def killed(base, ingle, num):

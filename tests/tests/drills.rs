@@ -29,16 +29,19 @@ enum End {
     Whole,
     /// It was refused before anything was sent, or could not connect: a router sends it elsewhere.
     Refused,
+    /// The connection broke before an answer; the server's log says whether it had the request of this id.
+    Broken(String),
     Lost(String),
 }
 
-async fn one(client: &Client, url: &str, stream: bool) -> End {
+async fn one(client: &Client, url: &str, id: String, stream: bool) -> End {
     let body = with(chat("under load", 40), json!({"stream": stream})).to_string();
-    let sent = client.post(url).header("content-type", "application/json").body(body).send().await;
+    let request = client.post(url).header("content-type", "application/json").header("x-request-id", &id);
+    let sent = request.body(body).send().await;
     let response = match sent {
         Ok(response) => response,
         Err(error) if error.is_connect() => return End::Refused,
-        Err(error) => return End::Lost(format!("{error:?}")),
+        Err(_) => return End::Broken(id),
     };
     match response.status().as_u16() {
         200 => {}
@@ -58,9 +61,12 @@ async fn sigterm_under_load_loses_nothing() {
     let rounds: u64 =
         std::env::var("INGLE_SIGTERM_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3);
     let model = TinyModel::llama();
-    let (mut whole, mut refused) = (0_u64, 0_u64);
+    let dir = tempfile::tempdir().expect("a folder");
+    let (mut whole, mut refused, mut not_taken) = (0_u64, 0_u64, 0_u64);
     for round in 0..rounds {
-        let mut server = Launch::at(model.path()).start().await;
+        let log = dir.path().join(format!("{round}.jsonl"));
+        let audit = ["--audit-log", log.to_str().expect("UTF-8")];
+        let mut server = Launch::at(model.path()).args(audit).start().await;
         let url = server.url(CHAT);
         let stop = Arc::new(AtomicBool::new(false));
         let done = Arc::new(AtomicU64::new(0));
@@ -72,8 +78,9 @@ async fn sigterm_under_load_loses_nothing() {
                     let client = Client::builder().pool_max_idle_per_host(0).build().expect("a client");
                     let mut ends = Vec::new();
                     while !stop.load(Ordering::SeqCst) {
-                        let end = one(&client, &url, i % 2 == 0).await;
-                        let refused = end == End::Refused;
+                        let id = format!("{i}-{}", ends.len());
+                        let end = one(&client, &url, id, i % 2 == 0).await;
+                        let refused = matches!(end, End::Refused | End::Broken(_));
                         ends.push(end);
                         done.fetch_add(1, Ordering::SeqCst);
                         if refused {
@@ -91,17 +98,22 @@ async fn sigterm_under_load_loses_nothing() {
         server.signal(Signal::TERM);
         assert_eq!(server.exit().await, Some(0), "{:?}", server.log());
         stop.store(true, Ordering::SeqCst);
+        let taken = std::fs::read_to_string(&log).expect("the audit log");
         for client in clients {
             for end in client.await.expect("no panic") {
                 match end {
                     End::Whole => whole += 1,
                     End::Refused => refused += 1,
-                    End::Lost(how) => panic!("round {round}: a request was lost: {how}"),
+                    // The system had taken its connection, and the server never did: sent elsewhere, it runs once.
+                    End::Broken(id) if !taken.contains(&format!("\"{id}\"")) => not_taken += 1,
+                    End::Broken(how) | End::Lost(how) => panic!("round {round}: a request was lost: {how}"),
                 }
             }
         }
     }
-    println!("{rounds} rounds of SIGTERM under load: {whole} answered, {refused} refused, 0 lost");
+    println!(
+        "{rounds} rounds of SIGTERM under load: {whole} answered, {refused} refused, {not_taken} not taken, 0 lost"
+    );
 }
 
 fn percentile(values: &mut [f64], q: f64) -> f64 {

@@ -165,7 +165,8 @@ fn smg() -> impl FnMut(&Told) -> (u16, Value) + Send + 'static {
     }
 }
 
-#[tokio::test]
+// The command that asks the router runs beside it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn smg_is_spoken_to() {
     let router = FakeRouter::start(smg()).await;
     let url = format!("smg+http://{}", router.address());
