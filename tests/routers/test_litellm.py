@@ -33,15 +33,17 @@ class Standard(BaseHTTPRequestHandler):
 
 
 def config(standard, ingle, embeds):
-    def entry(name, base, **more):
-        params = {"model": f"hosted_vllm/{name}", "api_base": base, "api_key": "none", **more}
-        return {"model_name": name, "litellm_params": params}
+    def entry(model, base, name=None, **more):
+        params = {"model": f"hosted_vllm/{model}", "api_base": base, "api_key": "none", **more}
+        return {"model_name": name or model, "litellm_params": params}
 
     free = {"input_cost_per_token": 0, "output_cost_per_token": 0}
     models = [
         entry("premium", f"http://127.0.0.1:{free_port()}/v1"),
         entry("standard", f"http://127.0.0.1:{standard}/v1"),
-        entry("local", f"{ingle}/v1", **free),
+        entry("local", f"{ingle}/v1", num_retries=10, **free),
+        # The same server at a price, to see that prices are counted.
+        entry("local", f"{ingle}/v1", name="priced", input_cost_per_token=0.001, output_cost_per_token=0.001),
     ]
     if embeds:
         models.append(entry(embeds, f"{ingle}/v1", **free))
@@ -49,7 +51,7 @@ def config(standard, ingle, embeds):
         "model_list": models,
         "litellm_settings": {
             "fallbacks": [{"premium": ["standard", "local"]}, {"standard": ["local"]}],
-            "num_retries": 8,
+            "num_retries": 0,
             "request_timeout": 60,
             "telemetry": False,
         },
@@ -89,15 +91,15 @@ def post(base, path, body):
 
 
 def check(base, ingle, ingle_path, model, work, flags, num, embeds):
-    for name in ("premium", "standard", "local"):
+    for name in ("premium", "standard", "local", "priced"):
         status, headers, body = post(base, "/v1/chat/completions", chat(name, "hello"))
         assert status == 200, f"{name}: {status} {body[:500]}"
         answer = json.loads(body)
         assert answer["choices"][0]["message"]["role"] == "assistant", answer
         assert answer["usage"]["completion_tokens"] > 0, answer
-        # After a fallback the proxy leaves the header out; where it is there, it says 0.
-        cost = headers.get("x-litellm-response-cost")
-        assert (cost is None and name != "local") or float(cost) == 0.0, f"{name} costs {cost}: {headers}"
+        # This proxy leaves a cost of 0 out of its headers; what has a price has the header.
+        cost = float(headers.get("x-litellm-response-cost") or 0.0)
+        assert (cost > 0.0) == (name == "priced"), f"{name} costs {cost}: {headers}"
         # Headers of the engine that answered are passed on: only Ingle has this one.
         assert "llm_provider-x-ingle-cached-tokens" in headers, f"{name} was answered by somebody else: {headers}"
         print(f"   chat through {name}: answered by Ingle, cost {cost}")

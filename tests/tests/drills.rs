@@ -225,7 +225,7 @@ async fn the_card_says_what_a_client_measures() {
     let client = Client::new();
     let mut times = Vec::new();
     for i in 0..200_u32 {
-        let body = chat(&format!("request {i}"), 20 + i % 60).to_string();
+        let body = chat(&format!("request {i}"), 200 + i % 600).to_string();
         let begin = Instant::now();
         let request = client.post(server.url(CHAT)).header("content-type", "application/json").body(body);
         let answer = request.send().await.expect("an answer");

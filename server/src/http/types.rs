@@ -365,6 +365,9 @@ pub struct SharedParameters {
     stream_options: Option<StreamOptions>,
     /// Lower runs first.
     priority: Option<i32>,
+    /// Seconds the caller gives the request; one whose first token is expected later is refused at once. The header
+    /// `x-request-timeout` says the same.
+    timeout: Option<f32>,
     /// Requests share cached prefixes only under the same salt (and the same API key).
     cache_salt: Option<String>,
     /// Whether special tokens are left out of the text.
