@@ -27,7 +27,7 @@ pub(crate) use gemm::matmul;
 pub use isa::{Isa, isa};
 pub(crate) use kv::KvStore;
 pub(crate) use matrix::PackedMatrix;
-pub use pool::{num_threads, set_num_threads};
+pub use pool::{num_threads, set_checkpoint, set_num_threads};
 
 /// A matrix of f32 rows, `stride` elements apart: an activation, or a slice of one along its last dimension.
 #[derive(Debug, Clone, Copy)]
