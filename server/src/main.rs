@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run(args),
         Command::Convert(args) => commands::convert(args),
         Command::Models(args) => commands::models(args),
+        Command::Embed(args) => commands::embed(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

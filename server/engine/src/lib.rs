@@ -12,6 +12,7 @@ mod block_hash;
 mod block_pool;
 mod compute;
 mod config;
+pub mod embed;
 mod engine;
 mod fault;
 mod handle;

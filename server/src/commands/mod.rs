@@ -1,12 +1,15 @@
 //! What the commands of the binary do; one file each.
 
 mod convert;
+mod embed;
 mod load;
+mod load_encoder;
 mod models;
 mod run;
 mod serve;
 
 pub use convert::convert;
+pub use embed::embed;
 pub use models::models;
 pub use run::run;
 pub use serve::serve;

@@ -4,6 +4,7 @@ use ingle_engine::{Limits, SamplingParams};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::models::task_name;
 use super::validate::{Fields, integer};
 use crate::{
     auth::Tenant,
@@ -113,8 +114,18 @@ pub(crate) fn model(state: &AppState, fields: &mut Fields) -> ApiResult<String> 
         None => Ok(state.default_model().to_owned()),
         Some(name) if name.is_empty() => Ok(state.default_model().to_owned()),
         Some(name) if state.config().served_names.contains(&name) => Ok(name),
-        Some(name) => Err(unknown_model(&name)),
+        Some(name) => match state.encoders().iter().find(|encoder| encoder.names.contains(&name)) {
+            Some(encoder) => Err(wrong_task(&name, task_name(encoder.task()), "generates text")),
+            None => Err(unknown_model(&name)),
+        },
     }
+}
+
+/// The 400 of a model that is asked for what it does not do.
+pub(crate) fn wrong_task(name: &str, task: &str, wanted: &str) -> ApiError {
+    let message =
+        format!("The model '{}' has the task '{task}'; this route needs a model that {wanted}.", quote(name));
+    ApiError::invalid("model", message)
 }
 
 /// The 404 of a model nobody serves.

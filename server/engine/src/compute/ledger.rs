@@ -180,7 +180,8 @@ impl Ledger {
         self.classes[idx].waiting.retain(|(waiting, _)| *waiting != party);
         if self.hold.is_none() && !self.is_wanted() {
             // The next to come starts level with whoever computed most.
-            self.virtual_now = self.classes.iter().fold(self.virtual_now, |v, class| v.max(class.virtual_time));
+            self.virtual_now =
+                self.classes.iter().fold(self.virtual_now, |v, class| v.max(class.virtual_time));
         }
     }
 

@@ -171,8 +171,7 @@ fn nobody_saves_up_turns() {
 
 #[test]
 fn parties_of_one_class_take_turns() {
-    let world =
-        World::new(0.35, &[(Encode, 3000, 0), (Encode, 10, 0), (Generate, 90, 0)]).run(100_000);
+    let world = World::new(0.35, &[(Encode, 3000, 0), (Encode, 10, 0), (Generate, 90, 0)]).run(100_000);
     let [one, two, chat] = [0, 1, 2].map(|idx| world.computed(idx) / 100_000.0);
     assert!((chat - 0.65).abs() < 0.03, "{chat}");
     assert!(one > 0.1 && two > 0.05, "{one} {two}");
