@@ -4,15 +4,19 @@
 //! when somebody scrapes, counts and times are added where they happen. Label values come from closed sets: names of
 //! our routes, methods, status codes, and reasons, never from client text.
 
+mod encoders;
+
 use std::{
+    sync::Arc,
     sync::atomic::{AtomicU64, Ordering},
     time::Instant,
 };
 
-use ingle_engine::{EngineStats, Health, Limits, Usage};
+use ingle_engine::{ComputeArbiter, EngineStats, Health, Limits, Usage};
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
+use crate::state::EncoderModel;
 use crate::{
     accounts::audit::Entry,
     cache::Outcome,
@@ -20,6 +24,8 @@ use crate::{
     register::RegistrationState,
     state::AppState,
 };
+pub(crate) use encoders::EncodeTimes;
+use encoders::{ComputeMetrics, EncoderMetrics};
 
 const META: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
 
@@ -127,6 +133,9 @@ pub(crate) struct Metrics {
     decode: Many<Histogram>,
     request_prompt_tokens: Many<Histogram>,
     request_generation_tokens: Many<Histogram>,
+    /// One of each encoder, in the order of the state's.
+    encoders: Vec<EncoderMetrics>,
+    compute: Option<ComputeMetrics>,
 }
 
 /// Bounds 1, 2, 5, 10, ... up to `max`.
@@ -138,7 +147,8 @@ fn counts_up_to(max: usize) -> Vec<f64> {
 
 fn recorder(limits: &Limits) -> PrometheusRecorder {
     let counts = counts_up_to(limits.max_model_len.max(1));
-    let buckets: [(&str, &[f64]); 4] = [
+    let buckets: [(&str, &[f64]); 5] = [
+        ("_duration", encoders::SECONDS),
         ("time_to_first_token_seconds", FIRST_TOKEN),
         ("token_latency_seconds", BETWEEN_TOKENS),
         ("time_per_output_token_seconds", BETWEEN_TOKENS),
@@ -315,13 +325,41 @@ impl Metrics {
                 &["ingle_request_generation_tokens", "vllm:request_generation_tokens"],
                 "Answer tokens of a request.",
             ),
+            encoders: Vec::new(),
+            compute: None,
             recorded: AtomicU64::new(0),
             recorder,
         }
     }
 
-    /// The Prometheus text, after a look at the engine.
-    pub(crate) fn render(&self, stats: &EngineStats, ready: bool) -> String {
+    /// The same with the metrics of `encoders`, and, if `shared`, of how the models share the processors.
+    pub(crate) fn with_encoders(mut self, encoders: &[Arc<EncoderModel>], shared: bool) -> Self {
+        self.encoders = encoders.iter().map(|encoder| EncoderMetrics::new(&self.recorder, encoder)).collect();
+        self.compute = shared.then(|| ComputeMetrics::new(&self.recorder));
+        self
+    }
+
+    /// A request that the encoder `name` has answered.
+    pub(crate) fn encoded(&self, name: &str, times: &EncodeTimes) {
+        if let Some(metrics) = self.encoders.iter().find(|metrics| metrics.name == name) {
+            metrics.put(times, |histogram, value| self.put(histogram, value));
+        }
+    }
+
+    /// The Prometheus text, after a look at the engine and the encoders.
+    pub(crate) fn render(
+        &self,
+        stats: &EngineStats,
+        ready: bool,
+        encoders: &[Arc<EncoderModel>],
+        arbiter: Option<&ComputeArbiter>,
+    ) -> String {
+        for (metrics, encoder) in self.encoders.iter().zip(encoders) {
+            metrics.look(&encoder.handle.stats());
+        }
+        if let (Some(metrics), Some(arbiter)) = (&self.compute, arbiter) {
+            metrics.look(arbiter);
+        }
         self.running.set(stats.running as f64);
         self.waiting.set(stats.waiting as f64);
         self.kv_usage.set(stats.kv_blocks_used as f64 / stats.kv_blocks_total.max(1) as f64);

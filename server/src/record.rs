@@ -50,6 +50,16 @@ const CLIENT_GONE: u16 = 499;
 #[derive(Debug, Clone)]
 pub(crate) struct RequestId(pub(crate) String);
 
+tokio::task_local! {
+    static CURRENT: Record;
+}
+
+/// The record of the request that this task answers. For code far below a handler; streams that outlive the handler
+/// carry their record with them.
+pub(crate) fn current() -> Option<Record> {
+    CURRENT.try_with(Clone::clone).ok()
+}
+
 /// A request's record; clones are the same record.
 #[derive(Clone)]
 pub(crate) struct Record(Arc<Inner>);
@@ -243,7 +253,7 @@ pub(crate) async fn keep(State(state): State<AppState>, mut request: Request, ne
         Err(error) => return error.into_response(),
     };
     request.extensions_mut().insert(record.clone());
-    let response = next.run(request).await;
+    let response = CURRENT.scope(record.clone(), next.run(request)).await;
     record.facts().status = Some(response.status().as_u16());
     response
 }

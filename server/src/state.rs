@@ -3,28 +3,28 @@
 //! [`AppState`] is cheap to clone. Build one with [`AppState::new`], make the router with [`crate::app`], and serve it
 //! with [`crate::listen::serve`].
 
+mod tier;
+
 use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use ingle_engine::{EngineHandle, Limits};
+use ingle_engine::embed::{EncoderHandle, EncoderTask};
+use ingle_engine::{ComputeArbiter, EngineHandle, EngineStats, Health, Limits};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    accounts::{
-        audit::{Audit, Entry},
-        ledger::Ledger,
-    },
-    auth::{ApiKeys, Tenant},
+    accounts::{audit::Audit, ledger::Ledger},
+    auth::ApiKeys,
     cache::{CacheConfig, ResponseCache},
     metrics::Metrics,
-    register::{RegisterConfig, RegistrationStatus, Registrations},
+    register::Registrations,
     text::{ChatTemplate, TextLimits, TextPool, Tokenizer},
-    tier::{Instance, Tier, TierConfig, card::ModelFacts, probe},
+    tier::{Instance, Tier, TierConfig},
 };
 
 /// Settings of the HTTP side.
@@ -66,6 +66,10 @@ pub struct AppConfig {
     pub max_prompts: usize,
     /// Messages of a chat request at most.
     pub max_messages: usize,
+    /// Inputs or documents of a request to an encoder at most.
+    pub max_inputs: usize,
+    /// Inputs of encoders that are too long are cut unless the request says otherwise.
+    pub auto_truncate: bool,
     /// Wall-clock time a request may take after it was accepted.
     pub request_timeout: Duration,
     /// Time a body may pause while it arrives.
@@ -95,6 +99,8 @@ impl Default for AppConfig {
             max_stop: 4,
             max_prompts: 256,
             max_messages: 8192,
+            max_inputs: 2048,
+            auto_truncate: false,
             request_timeout: Duration::from_secs(3600),
             body_idle_timeout: Duration::from_secs(30),
             sse_keep_alive: Duration::from_secs(15),
@@ -108,6 +114,63 @@ pub struct TextModel {
     pub tokenizer: Arc<Tokenizer>,
     /// Messages to prompt text; a model without one completes text but does not chat.
     pub template: Option<Arc<ChatTemplate>>,
+}
+
+/// The model that generates.
+pub struct Generator {
+    /// Its engine.
+    pub engine: EngineHandle,
+    /// Its text side.
+    pub text: Arc<TextModel>,
+    /// What `/v1/models` says about it.
+    pub card: ModelCard,
+}
+
+/// An embedding model or a reranker.
+pub struct EncoderModel {
+    /// Names it answers to. At least one.
+    pub names: Vec<String>,
+    /// Its thread.
+    pub handle: EncoderHandle,
+    /// Text to token ids.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What `/v1/models` says about it.
+    pub card: ModelCard,
+}
+
+impl EncoderModel {
+    /// What it is for.
+    #[must_use]
+    pub fn task(&self) -> EncoderTask {
+        self.handle.info().task
+    }
+
+    /// Its first name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+}
+
+/// All models of a server.
+#[derive(Default)]
+pub struct Models {
+    /// The one that generates, if there is one.
+    pub generator: Option<Generator>,
+    /// Those that encode; the first of a task is that task's default.
+    pub encoders: Vec<EncoderModel>,
+    /// Shares the processors among them, if there are several.
+    pub arbiter: Option<ComputeArbiter>,
+}
+
+/// Which of the models an address serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum View {
+    /// All.
+    #[default]
+    All,
+    /// Those that encode.
+    Encoders,
 }
 
 /// What `/v1/models` says about the model.
@@ -158,11 +221,11 @@ pub struct AppState(Arc<Inner>);
 
 struct Inner {
     config: AppConfig,
-    engine: EngineHandle,
+    generator: Option<Generator>,
     limits: Limits,
-    text: Arc<TextModel>,
+    encoders: Vec<Arc<EncoderModel>>,
+    arbiter: Option<ComputeArbiter>,
     pool: TextPool,
-    card: ModelCard,
     keys: ApiKeys,
     metrics: Metrics,
     tier: Tier,
@@ -175,59 +238,62 @@ struct Inner {
 }
 
 impl AppState {
-    /// Puts the parts together. Keys are hashed here; their text is not kept.
+    /// A server of one generating model.
     ///
     /// # Errors
-    /// If the threads for text work cannot be started, or the address of the response cache is none.
+    /// As [`AppState::with_models`].
     pub fn new(
-        mut config: AppConfig,
+        config: AppConfig,
         engine: EngineHandle,
         text: Arc<TextModel>,
         card: ModelCard,
     ) -> std::io::Result<Self> {
-        if config.served_names.is_empty() {
-            config.served_names.push(card.root.clone());
+        Self::with_models(
+            config,
+            Models { generator: Some(Generator { engine, text, card }), ..Models::default() },
+        )
+    }
+
+    /// Puts the parts together. Keys are hashed here; their text is not kept.
+    ///
+    /// # Errors
+    /// If the threads for text work cannot be started, or the address of the response cache is none.
+    pub fn with_models(mut config: AppConfig, models: Models) -> std::io::Result<Self> {
+        let Models { generator, encoders, arbiter } = models;
+        let mut limits =
+            Limits { vocab_size: 0, max_model_len: 0, max_n: 0, max_logprobs: 0, max_token_list: 0 };
+        let mut stats = EngineStats::default();
+        match &generator {
+            Some(generator) => {
+                if config.served_names.is_empty() {
+                    config.served_names.push(generator.card.root.clone());
+                }
+                limits = generator.engine.limits().clone();
+                stats = generator.engine.stats();
+            }
+            None => config.served_names.clear(),
         }
         let keys = ApiKeys::new(std::mem::take(&mut config.api_keys));
-        let limits = engine.limits().clone();
-        let metrics =
-            Metrics::new(config.served_names.first().map_or("", String::as_str), &limits, &engine.stats());
+        let encoders: Vec<Arc<EncoderModel>> = encoders.into_iter().map(Arc::new).collect();
+        let first = config.served_names.first().map(String::as_str);
+        let name = first.or_else(|| encoders.first().map(|encoder| encoder.name())).unwrap_or("");
+        let metrics = Metrics::new(name, &limits, &stats).with_encoders(&encoders, arbiter.is_some());
         let cache = config.response_cache.as_ref().map(ResponseCache::new).transpose();
         let cache = cache.map_err(|error| {
             let message = format!("--response-cache: {error}");
             std::io::Error::new(std::io::ErrorKind::InvalidInput, message)
         })?;
-        let facts = ModelFacts {
-            task: if text.template.is_some() { "chat" } else { "completion" },
-            context: limits.max_model_len,
-            max_tokens: limits.max_model_len.saturating_sub(1),
-            dimensions: None,
-            capacity: engine.config().max_num_seqs,
-            dtype: card.dtype.clone(),
-            quantization: card.quantization.clone(),
-            parameters: card.parameters,
-        };
-        let main = config.served_names.first().cloned().unwrap_or_default();
-        let tier =
-            Tier::new(config.tier.clone(), Instance::new(config.instance_id.clone()), vec![(main, facts)]);
-        let fingerprint = format!(
-            "{}\n{}\n{:?}\n{:?}\n{:?}\n{}\n{}",
-            env!("CARGO_PKG_VERSION"),
-            card.root,
-            card.dtype,
-            card.quantization,
-            card.parameters,
-            limits.max_model_len,
-            config.default_max_tokens,
-        );
+        let facts = tier::facts(&config, generator.as_ref(), &encoders);
+        let tier = Tier::new(config.tier.clone(), Instance::new(config.instance_id.clone()), facts);
+        let fingerprint = tier::fingerprint(&config, generator.as_ref());
         let pool = TextPool::new(TextLimits { max_bytes: config.max_body_bytes, ..TextLimits::default() })?;
         Ok(Self(Arc::new(Inner {
             config,
-            engine,
+            generator,
             limits,
-            text,
+            encoders,
+            arbiter,
             pool,
-            card,
             keys,
             metrics,
             tier,
@@ -244,10 +310,34 @@ impl AppState {
         &self.0.config
     }
 
-    /// The engine behind the routes.
+    /// The model that generates, if there is one.
+    #[must_use]
+    pub fn generator(&self) -> Option<&Generator> {
+        self.0.generator.as_ref()
+    }
+
+    /// The generating model behind a route that is only built where there is one (see `http::build`).
+    fn generating(&self) -> &Generator {
+        self.0.generator.as_ref().expect("routes that generate are only built for a model that does")
+    }
+
+    /// The engine behind the routes that generate.
+    ///
+    /// # Panics
+    /// If no model generates; see [`AppState::generator`].
     #[must_use]
     pub fn engine(&self) -> &EngineHandle {
-        &self.0.engine
+        &self.generating().engine
+    }
+
+    /// The models that encode.
+    #[must_use]
+    pub fn encoders(&self) -> &[Arc<EncoderModel>] {
+        &self.0.encoders
+    }
+
+    pub(crate) fn arbiter(&self) -> Option<&ComputeArbiter> {
+        self.0.arbiter.as_ref()
     }
 
     pub(crate) fn limits(&self) -> &Limits {
@@ -255,15 +345,25 @@ impl AppState {
     }
 
     pub(crate) fn text(&self) -> &Arc<TextModel> {
-        &self.0.text
+        &self.generating().text
+    }
+
+    /// How the models are: as the one that is worst.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        let generator = self.0.generator.iter().map(|generator| generator.engine.health());
+        let encoders = self.0.encoders.iter().map(|encoder| encoder.handle.health());
+        let rank = |health: &Health| match health {
+            Health::Ready => 0,
+            Health::Draining => 1,
+            Health::Stalled { .. } => 2,
+            Health::Dead => 3,
+        };
+        generator.chain(encoders).max_by_key(rank).unwrap_or(Health::Ready)
     }
 
     pub(crate) fn pool(&self) -> &TextPool {
         &self.0.pool
-    }
-
-    pub(crate) fn card(&self) -> &ModelCard {
-        &self.0.card
     }
 
     pub(crate) fn keys(&self) -> &ApiKeys {
@@ -274,103 +374,11 @@ impl AppState {
         &self.0.metrics
     }
 
-    /// What the tier measures and decides.
+    /// All names that models answer to, those of the generating model first.
     #[must_use]
-    pub fn tier(&self) -> &Tier {
-        &self.0.tier
-    }
-
-    pub(crate) fn ledger(&self) -> &Ledger {
-        &self.0.ledger
-    }
-
-    pub(crate) fn audit(&self) -> Option<&Audit> {
-        self.0.config.audit.as_ref()
-    }
-
-    pub(crate) fn cache(&self) -> Option<&ResponseCache> {
-        self.0.cache.as_ref()
-    }
-
-    /// What an answer depends on besides the request.
-    pub(crate) fn fingerprint(&self) -> &str {
-        &self.0.fingerprint
-    }
-
-    /// The registrations, shared with the tasks that keep them.
-    pub(crate) fn registry(&self) -> &Registrations {
-        &self.0.registrations
-    }
-
-    /// How the registrations are.
-    pub(crate) fn registrations(&self) -> Vec<RegistrationStatus> {
-        self.0.registrations.statuses()
-    }
-
-    /// The label of a tenant's key where keys are told apart in public.
-    pub(crate) fn key_label(&self, tenant: Tenant) -> String {
-        match tenant.0 {
-            [0, 0, 0, 0, ..] if tenant == Tenant::default() => "none".to_owned(),
-            [a, b, c, d, ..] => format!("key-{a:02x}{b:02x}{c:02x}{d:02x}"),
-        }
-    }
-
-    /// Books an ended request.
-    pub(crate) fn book(&self, entry: &Entry<'_>) {
-        let rate = self.0.tier.cost_per_1k(Instant::now()).unwrap_or(0.0);
-        let tokens = u64::from(entry.prompt_tokens).saturating_add(entry.completion_tokens.into());
-        let cost = tokens as f64 / 1000.0 * rate;
-        self.0.ledger.book(entry, cost);
-        self.0.metrics.book(entry);
-        if let Some(audit) = self.audit() {
-            audit.write(entry);
-        }
-    }
-
-    /// What `name` stands for.
-    pub(crate) fn resolve(&self, name: &str) -> Option<ModelName> {
-        let config = &self.0.config;
-        let main = self.default_model();
-        if config.served_names.iter().any(|served| served == name) {
-            let name = name.to_owned();
-            return Some(ModelName { asked: name.clone(), served: main.to_owned(), answer: name });
-        }
-        let (alias, target) = config.aliases.iter().find(|(alias, _)| alias == name)?;
-        let served = config.served_names.iter().find(|served| *served == target)?;
-        let answer = if config.echo_alias { alias } else { served };
-        Some(ModelName { asked: name.to_owned(), served: main.to_owned(), answer: answer.clone() })
-    }
-
-    /// Every name that requests may use, with the model it stands for.
-    pub(crate) fn names(&self) -> Vec<(String, String)> {
-        let main = self.default_model();
-        let config = &self.0.config;
-        let aliases = config.aliases.iter().map(|(alias, _)| alias);
-        config.served_names.iter().chain(aliases).map(|name| (name.clone(), main.to_owned())).collect()
-    }
-
-    /// Measures the model with one short request. A probe that fails is only a card without numbers.
-    pub(crate) async fn probe(&self) {
-        match probe::run(self.engine()).await {
-            Some(probed) => self.0.tier.probed(self.default_model(), probed),
-            None => tracing::warn!("the probe was not answered; the tier card has no numbers yet"),
-        }
-    }
-
-    /// Registers with routers from now on.
-    pub(crate) fn register(&self, config: &RegisterConfig, client: &reqwest::Client) {
-        self.0.registrations.start(self, config, client);
-    }
-
-    /// All names, for the log.
-    pub(crate) fn names_shown(&self) -> String {
-        self.names().into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(", ")
-    }
-
-    /// All names the model answers to.
-    #[must_use]
-    pub fn served_names(&self) -> &[String] {
-        &self.0.config.served_names
+    pub fn served_names(&self) -> Vec<&str> {
+        let encoders = self.0.encoders.iter().flat_map(|encoder| &encoder.names);
+        self.0.config.served_names.iter().chain(encoders).map(String::as_str).collect()
     }
 
     /// The first served name.
@@ -386,7 +394,10 @@ impl AppState {
     /// Takes no new work from now on: `/ready` says so at once, and the engine refuses.
     pub fn start_drain(&self) {
         self.announce_drain();
-        self.0.engine.drain();
+        if let Some(generator) = &self.0.generator {
+            generator.engine.drain();
+        }
+        self.0.encoders.iter().for_each(|encoder| encoder.handle.drain());
     }
 
     /// Whether [`AppState::start_drain`] was called.

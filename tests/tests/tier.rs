@@ -53,8 +53,9 @@ async fn the_probe_and_then_requests_fill_the_card() {
         assert!(measured["speed"][speed].as_f64().is_some_and(|x| x > 0.0), "{speed}: {measured}");
     }
     // The same card stands in the list of models.
-    let listed = server.get("/v1/models").await.ok()["data"][0].clone();
-    assert_eq!((&listed["name"], &listed["tier"]), (&listed["id"], &json!("local")));
+    let model = server.get("/v1/models").await.ok()["data"][0].clone();
+    let listed = &model["tier_card"];
+    assert_eq!((&listed["name"], &listed["tier"]), (&model["id"], &json!("local")));
     assert_eq!(listed["latency_p95"], measured["latency_p95"]);
     let metrics = server.metrics().await;
     assert_eq!(metrics.get("ingle_tier_latency_p95_seconds"), p95 / 1e3);

@@ -30,7 +30,7 @@ pub use isa::{Isa, isa};
 pub(crate) use kv::KvStore;
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
-pub use pool::{num_threads, set_num_threads};
+pub use pool::{num_threads, set_checkpoint, set_num_threads};
 pub(crate) use self_attention::{SelfAttention, self_attention};
 
 /// A matrix of f32 rows, `stride` elements apart: an activation, or a slice of one along its last dimension.

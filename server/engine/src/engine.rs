@@ -140,6 +140,9 @@ impl<B: Backend> Thread<B> {
                 return;
             }
             self.publish(has_work);
+            if !has_work {
+                self.backend.idle();
+            }
         }
     }
 

@@ -1,7 +1,9 @@
 //! What the commands of the binary do; one file each.
 
 mod convert;
+mod embed;
 mod load;
+mod load_encoder;
 mod models;
 mod register;
 mod run;
@@ -9,6 +11,7 @@ mod serve;
 mod tier;
 
 pub use convert::convert;
+pub use embed::embed;
 pub use models::models;
 pub use register::register;
 pub use run::run;

@@ -70,18 +70,18 @@ impl TierSettings {
         })
     }
 
-    /// Puts them into the settings of the application, whose served names are known by now.
-    pub(super) fn apply(&self, config: &mut AppConfig) -> anyhow::Result<()> {
+    /// Puts them into the settings of the application. `names` are those that models are served under.
+    pub(super) fn apply(&self, config: &mut AppConfig, names: &[String]) -> anyhow::Result<()> {
         for (alias, target) in &self.aliases {
             let target = match target {
-                None => config.served_names.first().cloned().unwrap_or_default(),
-                Some(target) if config.served_names.contains(target) => target.clone(),
+                None => names.first().cloned().unwrap_or_default(),
+                Some(target) if names.contains(target) => target.clone(),
                 Some(target) => bail!(
                     "--alias {alias}={target}: no model is served as {target} (served: {})",
-                    config.served_names.join(", ")
+                    names.join(", ")
                 ),
             };
-            if config.served_names.contains(alias) {
+            if names.contains(alias) {
                 bail!("--alias {alias}: a model is served under that name");
             }
             config.aliases.push((alias.clone(), target));
@@ -211,12 +211,13 @@ mod tests {
     #[test]
     fn aliases_stand_for_served_names() {
         let settings = read(&["--alias", "gpt-4,big=own"]).unwrap();
-        let mut config = AppConfig { served_names: vec!["own".into()], ..AppConfig::default() };
-        settings.apply(&mut config).unwrap();
+        let names = ["own".to_owned()];
+        let mut config = AppConfig::default();
+        settings.apply(&mut config, &names).unwrap();
         assert_eq!(config.aliases, [("gpt-4".into(), "own".into()), ("big".into(), "own".into())]);
         for wrong in ["--alias=own", "--alias=x=other"] {
-            let mut config = AppConfig { served_names: vec!["own".into()], ..AppConfig::default() };
-            assert!(read(&[wrong]).unwrap().apply(&mut config).is_err(), "{wrong}");
+            let mut config = AppConfig::default();
+            assert!(read(&[wrong]).unwrap().apply(&mut config, &names).is_err(), "{wrong}");
         }
         assert!(read(&["--alias=x", "--alias=x"]).is_err());
         assert!(read(&["--alias==x"]).is_err());

@@ -115,7 +115,7 @@ fn admit(state: &AppState, record: &Record, requests: &[ValidatedRequest]) -> Ap
     let (now, tier) = (Instant::now(), state.tier());
     let lengths = requests.iter().map(|request| request.get().prompt.len() as u64);
     let tokens = lengths.clone().sum();
-    let load = tier.load(state.engine());
+    let load = state.load();
     if let Some(left) = record.time_left() {
         let predicted = admission::predict_first_token(load, tier.pace(now, &record.served()), tokens);
         if let Some(predicted) = predicted.filter(|predicted| *predicted > left) {
@@ -141,21 +141,29 @@ fn admit(state: &AppState, record: &Record, requests: &[ValidatedRequest]) -> Ap
             }
         }
     }
-    tier.admit_key(now, record.tenant(), tokens).map_err(|exceeded| {
+    admit_key(state, record, tokens)?;
+    Ok(places)
+}
+
+/// Takes what the request needs from its key's limits.
+///
+/// # Errors
+/// 429 if there is not enough.
+pub(crate) fn admit_key(state: &AppState, record: &Record, tokens: u64) -> ApiResult<()> {
+    state.tier().admit_key(Instant::now(), record.tenant(), tokens).map_err(|exceeded| {
         record.not_our_doing();
         state.metrics().refused(Refusal::KeyLimit);
         let message = format!("This API key may use {} {} a minute.", exceeded.limit, exceeded.what);
         ApiError::new(ErrorKind::RateLimited, message)
             .with_retry_after(admission::round_up(exceeded.wait.as_secs_f64()))
-    })?;
-    Ok(places)
+    })
 }
 
 /// The 429 of a full queue, with the time those who wait will take.
 fn overloaded(state: &AppState, record: &Record, message: String) -> ApiError {
     let tier = state.tier();
     let pace = tier.pace(Instant::now(), &record.served());
-    let seconds = admission::retry_after(tier.load(state.engine()), pace);
+    let seconds = admission::retry_after(state.load(), pace);
     ApiError::new(ErrorKind::Overloaded, message).with_retry_after(seconds)
 }
 

@@ -4,6 +4,7 @@ use ingle_engine::{Limits, SamplingParams};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::models::task_name;
 use super::validate::{Fields, integer};
 use crate::{
     auth::Tenant,
@@ -112,7 +113,18 @@ fn is_neutral(name: &str, value: &Value) -> bool {
 pub(crate) fn model(state: &AppState, fields: &mut Fields) -> ApiResult<ModelName> {
     let asked = fields.string("model")?.filter(|name| !name.is_empty());
     let asked = asked.unwrap_or_else(|| state.default_model().to_owned());
-    state.resolve(&asked).ok_or_else(|| unknown_model(&asked))
+    let name = state.resolve(&asked).ok_or_else(|| unknown_model(&asked))?;
+    match state.encoders().iter().find(|encoder| encoder.name() == name.served) {
+        Some(encoder) => Err(wrong_task(&asked, task_name(encoder.task()), "generates text")),
+        None => Ok(name),
+    }
+}
+
+/// The 400 of a model that is asked for what it does not do.
+pub(crate) fn wrong_task(name: &str, task: &str, wanted: &str) -> ApiError {
+    let message =
+        format!("The model '{}' has the task '{task}'; this route needs a model that {wanted}.", quote(name));
+    ApiError::invalid("model", message)
 }
 
 /// The 404 of a model nobody serves.

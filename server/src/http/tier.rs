@@ -68,7 +68,7 @@ pub struct UsageList {
 pub(crate) fn body(state: &AppState) -> TierBody {
     let now = Instant::now();
     let tier = state.tier();
-    let load = tier.load(state.engine());
+    let load = state.load();
     let models =
         state.names().into_iter().filter_map(|(name, model)| tier.card(now, &model, &name)).collect();
     TierBody {
@@ -77,14 +77,16 @@ pub(crate) fn body(state: &AppState) -> TierBody {
         instance_id: tier.instance().id.clone(),
         epoch: tier.instance().epoch,
         version: env!("CARGO_PKG_VERSION"),
-        ready: !state.is_draining() && matches!(state.engine().health(), Health::Ready),
+        ready: !state.is_draining() && matches!(state.health(), Health::Ready),
         draining: state.is_draining(),
         load: LoadBody {
             running: load.running,
             waiting: load.waiting,
             max_num_seqs: load.max_num_seqs,
             queued_tokens: load.queued_tokens,
-            kv_cache_usage: state.engine().stats().kv_cache_usage(),
+            kv_cache_usage: state
+                .generator()
+                .map_or(0.0, |generator| generator.engine.stats().kv_cache_usage()),
         },
         models,
         registrations: state.registrations(),

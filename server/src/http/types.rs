@@ -1,6 +1,8 @@
 //! The shapes on the wire, nothing else. What is sent is serialised from these; what is received is read field by
 //! field (`validate.rs`, `params.rs`), and the request types here only describe it for the OpenAPI document.
 
+pub use super::encode_types::*;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
@@ -227,11 +229,15 @@ pub struct ModelObject {
     pub root: String,
     /// The name this one is an alias of.
     pub parent: Option<String>,
-    /// Tokens of prompt and answer at most.
+    /// Tokens of prompt and answer at most; of an encoder: tokens of an input.
     pub max_model_len: usize,
+    /// `generate`, `embed` or `rerank`.
+    pub task: &'static str,
+    /// Numbers of an embedding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dimensions: Option<usize>,
     /// What routers have to know; see `/tier`.
-    #[serde(flatten)]
-    pub card: Option<TierCard>,
+    pub tier_card: Option<TierCard>,
 }
 
 /// The list of models.

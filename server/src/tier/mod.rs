@@ -17,10 +17,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ingle_engine::{EngineHandle, EngineStats, Health};
+use ingle_engine::EngineStats;
 
 use crate::auth::Tenant;
-use admission::{Backlog, Load, Pace};
+use admission::{Backlog, Pace};
 use card::{Measured, ModelFacts, Speed, TierCard};
 use cost::Cost;
 use rate::{Exceeded, KeyLimits, RateLimiter};
@@ -242,10 +242,9 @@ impl Tier {
         &self.backlog
     }
 
-    /// Notes how the engine is.
-    pub(crate) fn tick(&self, now: Instant, engine: &EngineHandle) {
-        let ready = matches!(engine.health(), Health::Ready);
-        lock(&self.engine).tick(now, ready, engine.stats());
+    /// Notes how the models are.
+    pub(crate) fn tick(&self, now: Instant, ready: bool, stats: EngineStats) {
+        lock(&self.engine).tick(now, ready, stats);
     }
 
     pub(crate) fn observe(&self, now: Instant, model: &str, seen: &Observation) {
@@ -270,17 +269,6 @@ impl Tier {
 
     pub(crate) fn spend(&self, now: Instant, tenant: Tenant, tokens: u64) {
         lock(&self.limiter).spend(now, tenant, tokens);
-    }
-
-    /// What the engine has to do.
-    pub(crate) fn load(&self, engine: &EngineHandle) -> Load {
-        let stats = engine.stats();
-        Load {
-            running: stats.running,
-            waiting: stats.waiting,
-            max_num_seqs: engine.config().max_num_seqs,
-            queued_tokens: self.backlog.tokens(),
-        }
     }
 
     /// How fast `model` gets on.
