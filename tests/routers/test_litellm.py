@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from common import PATIENCE, Ingle, Process, ask, chat, free_port, get_json, wait_for
 
@@ -44,9 +45,8 @@ def config(standard, ingle, embeds):
         entry("local", f"{ingle}/v1", num_retries=10, **free),
         # The same server at a price, to see that prices are counted.
         entry("local", f"{ingle}/v1", name="priced", input_cost_per_token=0.001, output_cost_per_token=0.001),
+        entry(embeds, f"{ingle}/v1", **free),
     ]
-    if embeds:
-        models.append(entry(embeds, f"{ingle}/v1", **free))
     return {
         "model_list": models,
         "litellm_settings": {
@@ -64,11 +64,12 @@ def main(ingle_path, model, programs, work, num):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Standard)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     audit = f"{work}/audit.jsonl"
-    flags = ["--audit-log", audit]
+    encoder = Path(__file__).resolve().parent.parent / "fixtures" / "encoders" / "mpnet"
+    flags = ["--audit-log", audit, "--embedding-model", str(encoder), "--embedding-served-name", "embedder"]
     with Ingle(ingle_path, model, f"{work}/ingle.log", flags=flags) as ingle:
         ingle.ready()
         cards = get_json(f"{ingle.url}/tier")["models"]
-        embeds = next((card["name"] for card in cards if card["task"] == "embeddings"), None)
+        embeds = next(card["name"] for card in cards if card["task"] == "embeddings")
         # JSON is YAML.
         with open(f"{work}/litellm.yml", "w") as file:
             json.dump(config(server.server_port, ingle.url, embeds), file)
@@ -110,12 +111,9 @@ def check(base, ingle, ingle_path, model, work, flags, num, embeds):
     assert all(json.loads(event)["choices"] is not None for event in events[:-1])
     print(f"   a stream through premium: {len(events)} events and [DONE]")
 
-    if embeds:
-        status, _, body = post(base, "/v1/embeddings", {"model": embeds, "input": ["a", "b"]})
-        assert status == 200 and len(json.loads(body)["data"]) == 2, (status, body[:500])
-        print("   embeddings: answered by Ingle")
-    else:
-        print("   embeddings: not served by this Ingle, not checked")
+    status, _, body = post(base, "/v1/embeddings", {"model": embeds, "input": ["a", "b"]})
+    assert status == 200 and len(json.loads(body)["data"]) == 2, (status, body[:500])
+    print("   embeddings: answered by Ingle")
 
     def one(i):
         return post(base, "/v1/chat/completions", chat("premium", f"request {i}"))[0]

@@ -7,7 +7,7 @@ use reqwest::Client;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::{CHAT, COMPLETIONS, chat, completion, with};
+use crate::{CHAT, COMPLETIONS, chat, completion, encoder, with};
 
 async fn card(server: &TestServer) -> Value {
     server.get("/tier").await.ok()["models"][0].clone()
@@ -237,6 +237,38 @@ async fn usage_is_booked_by_key_and_written_down() {
     assert!(line["prompt"].as_str().is_some_and(|prompt| prompt.contains("a secret")));
     assert!(line["latency_ms"].as_f64() >= line["first_token_ms"].as_f64(), "{line}");
     assert!(!text.contains("\"first\"") && !text.contains("second"), "no key is written down");
+}
+
+#[tokio::test]
+async fn encoders_have_cards_limits_and_accounts() {
+    let folder = encoder("mpnet");
+    let flags = ["--embedding-model", &folder, "--embedding-served-name", "own", "--alias", "ada=own"];
+    let limits = ["--api-key", "k", "--key-requests-per-minute", "2"];
+    let server = Launch::tiny().args(flags).args(limits).start().await;
+    let get = async |path: &str| {
+        let answer = server.client.get(server.url(path)).bearer_auth("k").send().await.expect("an answer");
+        ingle_tests::Answer::read(answer).await.ok().clone()
+    };
+    let embed = async |model: &str| {
+        let body = json!({"model": model, "input": ["a text", "another"]}).to_string();
+        let request = server.request("/v1/embeddings", body).bearer_auth("k");
+        ingle_tests::Answer::read(request.send().await.expect("an answer")).await
+    };
+    assert_eq!(embed("own").await.ok()["model"], "own");
+    let answer = embed("ada").await;
+    assert_eq!(answer.ok()["model"], "own");
+    let refused = embed("own").await;
+    assert_eq!((refused.status, &refused.error()["code"]), (429, &json!("rate_limit_exceeded")));
+    let tier = get("/tier").await;
+    let cards = tier["models"].as_array().expect("cards");
+    let card = cards.iter().find(|card| card["name"] == "ada").expect("a card");
+    assert_eq!((&card["task"], &card["max_tokens"]), (&json!("embeddings"), &json!(0)));
+    assert!(card["dimensions"].is_u64() && card["latency_p95"].is_number(), "{card}");
+    assert!(card["speed"]["embedding_tokens_per_second"].as_f64().is_some_and(|x| x > 0.0), "{card}");
+    let rows = get("/usage").await["data"].clone();
+    let row = rows.as_array().expect("rows").iter().find(|row| row["model"] == "own").expect("a row");
+    assert_eq!((&row["requests"], &row["errors"]), (&json!(3), &json!(1)));
+    assert_eq!(row["prompt_tokens"].as_u64(), answer.json["usage"]["prompt_tokens"].as_u64().map(|n| 2 * n));
 }
 
 #[tokio::test]
