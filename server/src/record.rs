@@ -30,7 +30,7 @@ const RECORDED: [&str; 10] = [
     "/v1/completions",
     "/v1/embeddings",
     "/embed",
-    "/embed_all",
+    "/similarity",
     "/rerank",
     "/v1/rerank",
     "/v2/rerank",
