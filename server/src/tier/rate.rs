@@ -30,6 +30,9 @@ pub struct Exceeded {
     pub wait: Duration,
 }
 
+/// The longest time anybody is asked to wait.
+const LONGEST: Duration = Duration::from_secs(3600);
+
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
     level: f64,
@@ -46,9 +49,12 @@ impl Bucket {
 
     /// Time until `amount` is there. More than the bucket holds needs a full bucket, or it could never pass.
     fn wait(&self, per_minute: u32, amount: f64) -> Duration {
+        if per_minute == 0 {
+            return LONGEST;
+        }
         let capacity = f64::from(per_minute);
         let missing = amount.min(capacity) - self.level;
-        Duration::from_secs_f64((missing.max(0.0) * 60.0 / capacity.max(1e-9)).min(3600.0))
+        Duration::from_secs_f64(missing.max(0.0) * 60.0 / capacity).min(LONGEST)
     }
 }
 
