@@ -236,6 +236,18 @@ impl EncoderHandle {
         self.check(&inputs)?;
         let tokens: usize = inputs.iter().map(|input| input.ids.len()).sum();
         let (reply, result) = oneshot::channel();
+        if inputs.is_empty() {
+            let zero = Duration::ZERO;
+            let width = shared.info.dimensions;
+            // The receiver is right here.
+            let _ = reply.send(Ok(EncodeOutput {
+                rows: Vec::new(),
+                width,
+                queue_time: zero,
+                compute_time: zero,
+            }));
+            return Ok(EncodeRequest(result));
+        }
         let mut inbox = shared.lock();
         if inbox.dead || inbox.stop {
             return Err(EncodeSubmitError::Dead);
