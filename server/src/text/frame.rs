@@ -121,8 +121,7 @@ impl Frame {
             return Err(TextError::Invalid("this model's tokenizer takes no pairs of texts".into()));
         };
         let room = max.saturating_sub(self.num_special_pair());
-        // The library cuts each text to the whole room before it looks which is longer.
-        let (a, b) = longest_first(first.len().min(max), second.len().min(max), room);
+        let (a, b) = longest_first(first.len(), second.len(), room);
         let (a, b) = (keep(first, a, side), keep(second, b, side));
         let mut out = Framed { dropped: first.len() + second.len() - a.len() - b.len(), ..Framed::default() };
         out.push(&before.ids, &before.types);
