@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use ingle_bench::cli::BenchArgs;
 
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
 #[derive(Debug, Parser)]
@@ -25,7 +26,8 @@ Examples:
   ingle serve HuggingFaceTB/SmolLM2-135M-Instruct     serve a model of the hub on 127.0.0.1:8080
   ingle serve ./my-model --served-model-name local,gpt-4
   ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
-  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder";
+  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder
+  ingle bench serve --url http://127.0.0.1:8080       load on a server, and what its clients feel";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -36,6 +38,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Convert a GGUF file to a safetensors folder.
     Convert(ConvertArgs),
+    /// Measure the speed of a server or of a model.
+    Bench(Box<BenchArgs>),
     /// List the models on this machine.
     Models(ModelsArgs),
 }
