@@ -10,7 +10,10 @@ use std::path::PathBuf;
 
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use ingle_bench::cli::BenchArgs;
+
+pub mod bench;
+
+use bench::BenchArgs;
 
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
 #[derive(Debug, Parser)]
@@ -27,7 +30,8 @@ Examples:
   ingle serve ./my-model --served-model-name local,gpt-4
   ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
   ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder
-  ingle bench serve --url http://127.0.0.1:8080       load on a server, and what its clients feel";
+  ingle bench serve --url http://127.0.0.1:8080       load on a server, and what its clients feel
+  ingle bench model ./my-model                        how fast this machine computes a model";
 
 /// The commands.
 #[derive(Debug, Subcommand)]

@@ -19,6 +19,7 @@ mod isa;
 mod kv;
 mod matrix;
 mod pool;
+pub mod probe;
 mod simd;
 
 pub(crate) use attention::paged_attention;

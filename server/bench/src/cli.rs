@@ -3,28 +3,15 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueEnum};
+use std::str::FromStr;
 
+use clap::{Args, ValueEnum};
+
+use crate::embed::EmbedApi;
 use crate::serve::{Access, Api, DatasetName, PromptForm, Rate};
 
-/// `ingle bench`
-#[derive(Debug, Clone, Args)]
-#[command(subcommand_required = true, arg_required_else_help = true)]
-pub struct BenchArgs {
-    /// What to measure.
-    #[command(subcommand)]
-    pub command: BenchCommand,
-}
-
-/// What can be measured.
-#[derive(Debug, Clone, Subcommand)]
-pub enum BenchCommand {
-    /// Put load on a running server (any with an OpenAI-style API) and measure what its clients feel.
-    #[command(after_long_help = SERVE_HELP)]
-    Serve(Box<ServeBenchArgs>),
-}
-
-const SERVE_HELP: &str = "\
+/// Ends the help of `ingle bench serve`.
+pub const SERVE_HELP: &str = "\
 Examples:
   ingle bench serve --url http://127.0.0.1:8080
   ingle bench serve --url http://127.0.0.1:8080 --max-concurrency 1,8,32 --input-len 128 --output-len 128 --html report.html
@@ -225,4 +212,163 @@ pub struct ServeBenchArgs {
     /// Where results go.
     #[command(flatten)]
     pub out: OutputArgs,
+}
+
+/// Ends the help of `ingle bench model`.
+pub const MODEL_HELP: &str = "\
+Examples:
+  ingle bench model ./my-model                                   pp512 and tg128, as llama-bench
+  ingle bench model ./my-model --quantization int8 -p 512,2048 -n 128 -b 1,8,32
+  ingle bench model ./my-model -d 0,2048 --format csv --output speed.json
+  ingle bench model --random-weights llama-3.2-1b                 a known shape, weights made up
+  ingle bench model ./my-model --threads 1 -p 128 -n 0
+
+What the table says:
+  ppN     N prompt tokens, computed in steps of --max-num-batched-tokens
+  tgN     N answer tokens, one a step and sequence
+  @ dN    with N tokens cached before;  xN: N sequences together
+  GB/s    weights and cached keys and values that had to be read; its limit is the read bandwidth measured now
+  GFLOP/s matrix products and attention; its limit is the fastest multiply-add of this processor measured now";
+
+/// A prompt and an answer that follow each other: `512,128`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PromptAndGen(pub (usize, usize));
+
+impl FromStr for PromptAndGen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let pair = text.split_once([',', '+', ':']);
+        let pair = pair.and_then(|(prompt, answer)| Some((prompt.parse().ok()?, answer.parse().ok()?)));
+        pair.map(Self).ok_or_else(|| "two numbers are wanted, such as 512,128".to_owned())
+    }
+}
+
+/// `ingle bench model`: what is measured. How the model is loaded is the binary's to say.
+#[derive(Debug, Clone, Args)]
+pub struct ModelBenchArgs {
+    /// Folder, GGUF file or hub id.
+    #[arg(required_unless_present = "random_weights", conflicts_with = "random_weights")]
+    pub model: Option<String>,
+    /// Make the weights up: name of a preset (tiny, smollm2-135m, smollm2-360m, qwen3-0.6b, llama-3.2-1b,
+    /// llama-3.1-8b), or a folder with a config.json. They are the same for the same --seed.
+    #[arg(long, value_name = "PRESET|FOLDER")]
+    pub random_weights: Option<String>,
+    /// Lengths of prompts [default: 512]; 0: none.
+    #[arg(long, short = 'p', value_delimiter = ',', help_heading = "Measured")]
+    pub n_prompt: Option<Vec<usize>>,
+    /// Lengths of answers [default: 128]; 0: none.
+    #[arg(long, short = 'n', value_delimiter = ',', help_heading = "Measured")]
+    pub n_gen: Option<Vec<usize>>,
+    /// A prompt and its answer measured together, `512,128`; may be repeated.
+    #[arg(long, visible_alias = "pg", value_name = "PROMPT,GEN", help_heading = "Measured")]
+    pub prompt_and_gen: Vec<PromptAndGen>,
+    /// Tokens cached before the clock starts.
+    #[arg(long, short = 'd', value_delimiter = ',', default_value = "0", help_heading = "Measured")]
+    pub n_depth: Vec<usize>,
+    /// Sequences computed together.
+    #[arg(long, short = 'b', value_delimiter = ',', default_value = "1", help_heading = "Measured")]
+    pub batch_size: Vec<usize>,
+    /// Times that each case is measured, after one that does not count.
+    #[arg(long, short = 'r', default_value_t = 5, help_heading = "Measured")]
+    pub repetitions: usize,
+    /// Where results go.
+    #[command(flatten)]
+    pub out: OutputArgs,
+}
+
+/// `ingle bench make-model`
+#[derive(Debug, Clone, Args)]
+pub struct MakeModelArgs {
+    /// Name of a preset (tiny, smollm2-135m, smollm2-360m, qwen3-0.6b, llama-3.2-1b, llama-3.1-8b), or a folder with a
+    /// config.json.
+    pub preset: String,
+    /// Folder to write: config, bf16 weights as safetensors, tokenizer.
+    pub out_dir: PathBuf,
+    /// The same seed gives the same weights.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Ends the help of `ingle bench embed`.
+pub const EMBED_HELP: &str = "\
+Examples:
+  ingle bench embed --url http://127.0.0.1:8080
+  ingle bench embed --url http://127.0.0.1:3000 --backend tei --lengths 128,384 --batch-size 1,32
+  ingle bench embed --peers ingle=http://127.0.0.1:8080,tei=http://127.0.0.1:3000 --concurrency 4";
+
+/// `ingle bench embed`
+#[derive(Debug, Clone, Args)]
+pub struct EmbedBenchArgs {
+    /// Where the servers are.
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Which route is asked.
+    #[arg(long = "backend", default_value = "openai")]
+    pub api: EmbedApi,
+    /// Tokens of a text; several are measured one after another.
+    #[arg(long, value_delimiter = ',', default_value = "16,128,384", help_heading = "Load")]
+    pub lengths: Vec<usize>,
+    /// Texts of a request; several are measured one after another.
+    #[arg(long, short = 'b', value_delimiter = ',', default_value = "1,32", help_heading = "Load")]
+    pub batch_size: Vec<usize>,
+    /// Requests at once.
+    #[arg(long, short = 'c', default_value_t = 1, help_heading = "Load")]
+    pub concurrency: usize,
+    /// Requests of each length and batch.
+    #[arg(long, short = 'n', default_value_t = 20, help_heading = "Load")]
+    pub num_requests: usize,
+    /// Requests before them that are not counted.
+    #[arg(long, default_value_t = 2, help_heading = "Load")]
+    pub num_warmups: usize,
+    /// Seed of the texts.
+    #[arg(long, default_value_t = 0, help_heading = "Load")]
+    pub seed: u64,
+    /// Folder (or tokenizer.json) of the tokenizer that counts tokens [default: the server's /tokenize].
+    #[arg(long)]
+    pub tokenizer: Option<PathBuf>,
+    /// Where results go.
+    #[command(flatten)]
+    pub out: OutputArgs,
+}
+
+/// Ends the help of `ingle bench startup`.
+pub const STARTUP_HELP: &str = "\
+Examples:
+  ingle bench startup ./my-model                        this binary, on a free port
+  ingle bench startup ./my-model -- --quantization int8  with flags of `ingle serve`
+  ingle bench startup --url http://127.0.0.1:8081 -- llama-server -m model.gguf --port 8081";
+
+/// `ingle bench startup`
+#[derive(Debug, Clone, Args)]
+pub struct StartupBenchArgs {
+    /// Model that this binary serves; without it, the command after `--` is started.
+    pub model: Option<String>,
+    /// Where the started command will serve.
+    #[arg(long, short = 'u', required_unless_present = "model")]
+    pub url: Option<String>,
+    /// Path that answers 200 when the server is ready [default: /ready for this binary, else /health].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub ready_path: String,
+    /// Name of the model there [default: the first that the server lists].
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// First thing asked.
+    #[arg(long, default_value = "Once upon a time")]
+    pub prompt: String,
+    /// Starts.
+    #[arg(long, short = 'r', default_value_t = 3)]
+    pub repeats: usize,
+    /// Seconds to wait for a start.
+    #[arg(long, default_value_t = 300)]
+    pub timeout: u64,
+    /// File for what the server prints.
+    #[arg(long)]
+    pub log: Option<PathBuf>,
+    /// Where results go.
+    #[command(flatten)]
+    pub out: OutputArgs,
+    /// Flags of `ingle serve`, or the command to start.
+    #[arg(last = true)]
+    pub command: Vec<String>,
 }

@@ -1,5 +1,6 @@
 //! Results as tables, files and pages.
 
+mod model;
 mod serve;
 mod table;
 
@@ -9,6 +10,7 @@ use anyhow::Context;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub use model::{model_remarks, model_table};
 pub use serve::{serve_remarks, serve_table};
 pub use table::Table;
 

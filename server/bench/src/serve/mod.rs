@@ -22,5 +22,8 @@ mod workload;
 pub use arrival::Rate;
 pub use dataset::{DatasetName, PromptForm};
 pub use metrics::Slo;
+pub(crate) use pool::{TokenPool, random_words};
+pub(crate) use sweep::first_token;
 pub use sweep::{Point, ServeResult, run};
 pub use target::{Access, Api};
+pub(crate) use target::{base_url, http_client, root_cause};

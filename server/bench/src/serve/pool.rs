@@ -146,10 +146,15 @@ impl WordCount {
 
     /// About `num_tokens` tokens of text.
     pub(crate) fn text(&self, num_tokens: usize, rng: &mut ChaCha8Rng) -> String {
-        let words: Vec<&str> = WORDS.split_whitespace().collect();
         let count = ((num_tokens as f64 - self.overhead) / self.tokens_per_word).round().max(1.0) as usize;
-        (0..count).map(|_| words[rng.random_range(0..words.len())]).collect::<Vec<_>>().join(" ")
+        random_words(count, rng)
     }
+}
+
+/// `count` common words.
+pub(crate) fn random_words(count: usize, rng: &mut ChaCha8Rng) -> String {
+    let words: Vec<&str> = WORDS.split_whitespace().collect();
+    (0..count).map(|_| words[rng.random_range(0..words.len())]).collect::<Vec<_>>().join(" ")
 }
 
 /// Whether the server takes token ids for a prompt and computes just these.

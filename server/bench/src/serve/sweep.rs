@@ -12,11 +12,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::arrival::{Rate, arrivals};
+use super::client::{Ask, request};
 use super::dataset::{DatasetName, DatasetSpec, PromptForm, Writer};
 use super::load::{self, Live, Run};
 use super::metrics::{Slo, metrics};
 use super::pool::{TokenPool, WordCount, takes_ids};
-use super::target::{Api, Target};
+use super::target::{Access, Api, Target};
+use super::workload::Prompt;
 use crate::TextCodec;
 use crate::cli::ServeBenchArgs;
 use crate::codec::Codec;
@@ -154,6 +156,23 @@ async fn measure(args: &ServeBenchArgs, codec: Option<Arc<dyn TextCodec>>) -> an
         metadata: crate::report::metadata(&args.out.metadata)?,
         points,
     })
+}
+
+/// Seconds to the first token of one greedy answer of four tokens to `prompt`.
+///
+/// # Errors
+/// If the request fails.
+pub(crate) async fn first_token(access: &Access, api: Api, prompt: &str) -> anyhow::Result<f64> {
+    let target = Target::reach(access, api, None).await?;
+    let prompt = Prompt::Text(prompt.to_owned());
+    let ask = Ask { history: &[], prompt: &prompt, max_tokens: 4, ignore_eos: true, keep_answer: false };
+    let record = request(&target, &ask, Instant::now(), || ()).await;
+    match record.failure {
+        None => Ok(record.ttft),
+        Some(failure) => {
+            bail!("the request failed ({}): {}", failure.kind(), record.message.unwrap_or_default())
+        }
+    }
 }
 
 fn dataset_spec(args: &ServeBenchArgs) -> DatasetSpec {
