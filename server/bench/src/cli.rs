@@ -209,6 +209,9 @@ pub struct ServeBenchArgs {
     #[arg(long, default_value = "auto", help_heading = "Prompts")]
     pub prompt_form: PromptForm,
 
+    /// Write a page with plots to this file; it needs no network and no script.
+    #[arg(long, help_heading = "Results")]
+    pub html: Option<PathBuf>,
     /// Where results go.
     #[command(flatten)]
     pub out: OutputArgs,

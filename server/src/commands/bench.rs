@@ -9,7 +9,9 @@ use ingle_bench::TextCodec;
 use ingle_bench::cli::{EmbedBenchArgs, Format, MakeModelArgs, OutputArgs, ServeBenchArgs, StartupBenchArgs};
 use ingle_bench::compare::Verdict;
 use ingle_bench::model::RandomModel;
-use ingle_bench::report::{Table, model_remarks, model_table, serve_remarks, serve_table, write_json};
+use ingle_bench::report::{
+    Table, model_remarks, model_table, serve_html, serve_remarks, serve_table, write, write_json,
+};
 use serde::Serialize;
 
 use super::load::{find, load_options, root};
@@ -34,6 +36,9 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 fn serve(args: &ServeBenchArgs) -> anyhow::Result<()> {
     let codec = args.tokenizer.as_deref().map(codec).transpose()?;
     let result = ingle_bench::serve::run(args, codec)?;
+    if let Some(path) = &args.html {
+        write(path, &serve_html(&result)?)?;
+    }
     print(&args.out, &result, &serve_table(&result.points), &result.points)?;
     note(&args.out, &serve_remarks(&result.points));
     Ok(())

@@ -1,6 +1,8 @@
 //! Results as tables, files and pages.
 
+mod html;
 mod model;
+mod plot;
 mod serve;
 mod table;
 
@@ -10,6 +12,7 @@ use anyhow::Context;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub use html::serve_html;
 pub use model::{model_remarks, model_table};
 pub use serve::{serve_remarks, serve_table};
 pub use table::Table;
