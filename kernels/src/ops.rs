@@ -3,6 +3,8 @@
 //! Activations are `[num_tokens, features]`, rows contiguous; a row may be a slice of a wider one (`narrow` along the
 //! last dimension), so that the parts of a stacked projection need no copy.
 
+mod encoder;
+
 use candle_core::{CpuStorage, D, DType, Device, Shape, Storage, Tensor};
 
 use crate::cpu::{self, Rows, Unwritten};
@@ -10,6 +12,8 @@ use crate::error::{Result, argument};
 use crate::kv_layer::KvStorage;
 use crate::weight::Storage as WeightStorage;
 use crate::{KvLayer, Weight, reference};
+
+pub use encoder::{RelativeBias, SelfAttnParams, activate, layer_norm, self_attention};
 
 /// The ragged batch as the attention kernels see it. One entry a sequence unless said otherwise; host memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -91,7 +95,7 @@ pub struct AttnParams {
     pub softcap: Option<f32>,
 }
 
-/// Activation of a gated MLP.
+/// Activation of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `x * sigmoid(x)`
@@ -100,6 +104,8 @@ pub enum Activation {
     GeluTanh,
     /// `0.5 x (1 + erf(x / sqrt 2))`
     Gelu,
+    /// `max(x, 0)`
+    Relu,
 }
 
 /// Cosines and sines of the rotary embedding for the tokens of one step, shared by all layers with the same rotation.

@@ -1,5 +1,7 @@
 //! The plain formula of every operation, in candle ops: documentation, fallback and oracle.
 
+mod encoder;
+
 use candle_core::{D, DType, Tensor};
 
 use crate::error::{Result, argument};
@@ -7,6 +9,8 @@ use crate::kv_layer::KvStorage;
 use crate::ops::{Activation, AttnParams, PagedMeta, RopeTables};
 use crate::weight::Storage;
 use crate::{KvLayer, Weight};
+
+pub use encoder::{activate, layer_norm, self_attention};
 
 fn dense<'a>(op: &'static str, weight: &'a Weight) -> Result<&'a Tensor> {
     match weight.storage() {
@@ -131,10 +135,5 @@ pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &A
 
 /// `act(gate) * up`, element by element.
 pub fn gated_activation(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    let gate = match activation {
-        Activation::Silu => gate.silu()?,
-        Activation::GeluTanh => gate.gelu()?,
-        Activation::Gelu => gate.gelu_erf()?,
-    };
-    Ok((gate * up)?)
+    Ok((activate(gate, activation)? * up)?)
 }

@@ -1,7 +1,7 @@
 //! The one decoder: every family is this forward pass under another [`DecoderConfig`].
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{AttnParams, KvLayer, PagedMeta, Quantization, RopeTables, Weight, ops};
+use ingle_kernels::{AttnParams, KvLayer, PagedMeta, Quantization, RopeTables, SelfAttnParams, Weight, ops};
 
 use crate::causal_lm::{CausalLm, ModelInfo};
 use crate::config::{DecoderConfig, QkNorm};
@@ -141,18 +141,35 @@ impl Decoder {
     }
 }
 
-impl CausalLm for Decoder {
-    fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
-        batch.check(self.config.layers.len(), cache)?;
-        let meta = &batch.meta;
-        let tables = self.ropes.iter().map(|rope| rope.tables(&meta.positions, &self.device));
+impl Decoder {
+    /// Vectors of all tokens after the last norm, `[num_tokens, hidden]`, of whole sequences and without a cache. The
+    /// caller has checked ids and `cu_seqlens`.
+    pub(crate) fn hidden_states(
+        &self,
+        input_ids: &[u32],
+        cu_seqlens: &[u32],
+        causal: bool,
+    ) -> Result<Tensor> {
+        let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
+        let hidden = self.layers(input_ids, &positions, |_| Keys::OwnStep { cu_seqlens, causal })?;
+        Ok(ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?)
+    }
+
+    /// Embedding and all layers; `keys` says where each layer's attention looks.
+    fn layers<'a>(
+        &self,
+        input_ids: &[u32],
+        positions: &[u32],
+        mut keys: impl FnMut(usize) -> Keys<'a>,
+    ) -> Result<Tensor> {
+        let tables = self.ropes.iter().map(|rope| rope.tables(positions, &self.device));
         let tables = tables.collect::<Result<Vec<_>>>()?;
 
-        let mut hidden = ops::embedding(&batch.input_ids, &self.embedding, self.dtype)?; // [T, hidden]
+        let mut hidden = ops::embedding(input_ids, &self.embedding, self.dtype)?; // [T, hidden]
         hidden = scaled(hidden, self.embedding_scale)?;
         for (idx, layer) in self.layers.iter().enumerate() {
             let x = normed(&hidden, layer.attn_pre_norm.as_ref(), &self.config)?;
-            let x = layer.attention.forward(&x, cache.layer_mut(idx), &tables, meta, &self.config)?;
+            let x = layer.attention.forward(&x, keys(idx), &tables, &self.config)?;
             let x = normed(&x, layer.attn_post_norm.as_ref(), &self.config)?;
             hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
 
@@ -164,6 +181,27 @@ impl CausalLm for Decoder {
             let x = normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?;
             hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
         }
+        Ok(hidden)
+    }
+}
+
+/// Where a layer's attention finds keys and values.
+enum Keys<'a> {
+    /// In the cache, which takes those of this step first.
+    Cached { cache: &'a mut KvLayer, meta: &'a PagedMeta },
+    /// Those of this step only: whole sequences.
+    OwnStep { cu_seqlens: &'a [u32], causal: bool },
+}
+
+impl CausalLm for Decoder {
+    fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+        batch.check(self.config.layers.len(), cache)?;
+        let meta = &batch.meta;
+        let mut layers = cache.layers_mut();
+        let hidden = self.layers(&batch.input_ids, &meta.positions, |_| Keys::Cached {
+            cache: layers.next().expect("the cache has a layer for each of ours, which was checked"),
+            meta,
+        })?;
         self.logits(&hidden, batch)
     }
 
@@ -187,13 +225,12 @@ impl Attention {
     fn forward(
         &self,
         x: &Tensor,
-        cache: &mut KvLayer,
+        keys: Keys<'_>,
         tables: &[RopeTables],
-        meta: &PagedMeta,
         config: &DecoderConfig,
     ) -> Result<Tensor> {
         let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
-        let tokens = meta.num_tokens();
+        let (tokens, _) = x.dims2()?;
         let qkv = self.qkv.forward(x)?; // [T, (H + 2 KVH) * D]
         let qkv = qkv.reshape((tokens, heads + 2 * kv_heads, config.head_dim))?;
         // Views: a token's heads lie side by side in its row.
@@ -209,9 +246,29 @@ impl Attention {
             q = ops::rope(&q, &tables[rope])?;
             k = ops::rope(&k, &tables[rope])?;
         }
-        ops::store_kv(cache, &k, &v, meta)?;
-        let out = ops::paged_attention(&q, cache, meta, &self.params)?; // [T, H, D]
+        let out = match keys {
+            Keys::Cached { cache, meta } => {
+                ops::store_kv(cache, &k, &v, meta)?;
+                ops::paged_attention(&q, cache, meta, &self.params)?
+            }
+            Keys::OwnStep { cu_seqlens, causal } => {
+                ops::self_attention(&q, &k, &v, cu_seqlens, None, &self.own_step_params(causal))?
+            }
+        }; // [T, H, D]
         self.o.forward(&out.reshape((tokens, heads * config.head_dim))?)
+    }
+}
+
+impl Attention {
+    /// A causal window counts the token itself; one that sees both sides is cut in half (Gemma 3).
+    fn own_step_params(&self, causal: bool) -> SelfAttnParams {
+        let AttnParams { scale, sliding_window, softcap } = self.params;
+        let (left, right) = if causal {
+            (sliding_window.map(|window| window.saturating_sub(1)), Some(0))
+        } else {
+            (sliding_window.map(|window| window / 2), sliding_window.map(|window| window / 2))
+        };
+        SelfAttnParams { scale, left, right, softcap }
     }
 }
 

@@ -71,6 +71,25 @@ impl<'a> ConfigJson<'a> {
     }
 
     /// A whole number in `1..=max`.
+    /// The object without `key`.
+    pub(crate) fn without(&self, key: &str) -> Map<String, Value> {
+        let others = self.object.iter().filter(|(name, _)| *name != key);
+        others.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    /// All keys, those with `null` included.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'a str> {
+        self.object.keys().map(String::as_str)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.object.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.object.is_empty()
+    }
+
     pub(crate) fn opt_size(&self, key: &str, max: usize) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().and_then(|n| usize::try_from(n).ok()) {

@@ -41,6 +41,11 @@ impl KvCache {
         &mut self.layers[idx]
     }
 
+    /// The caches of all layers, in order.
+    pub(crate) fn layers_mut(&mut self) -> std::slice::IterMut<'_, KvLayer> {
+        self.layers.iter_mut()
+    }
+
     /// Number of layers.
     #[must_use]
     pub fn num_layers(&self) -> usize {

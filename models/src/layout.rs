@@ -103,36 +103,38 @@ impl ModelSpec {
 
     /// Checks that `source` has every tensor, in the wanted shape and a readable type. Returns their elements in sum.
     pub(crate) fn check(&self, source: &dyn TensorSource) -> Result<usize> {
-        let mut total = 0usize;
-        for spec in self.tensors() {
-            let TensorSpec { name, shape } = spec;
-            match source.shape(name) {
-                None => {
-                    return Err(invalid(
-                        source.path(),
-                        format!("tensor {name:?} of shape {shape:?} is missing"),
-                    ));
-                }
-                Some(found) if found != shape.as_slice() => {
-                    return Err(invalid(
-                        source.file_of(name),
-                        format!("tensor {name:?} has shape {found:?}; the config wants {shape:?}"),
-                    ));
-                }
-                Some(_) => {}
-            }
-            source.dtype(name)?;
-            let elements = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
-            total = elements
-                .and_then(|n| total.checked_add(n))
-                .ok_or_else(|| invalid(source.path(), "holds more elements than can be counted"))?;
-        }
-        Ok(total)
+        check_tensors(&self.tensors(), source)
     }
 }
 
+/// Checks that `source` has every tensor, in the wanted shape and a readable type. Returns their elements in sum.
+pub(crate) fn check_tensors(specs: &[&TensorSpec], source: &dyn TensorSource) -> Result<usize> {
+    let mut total = 0usize;
+    for TensorSpec { name, shape } in specs {
+        match source.shape(name) {
+            None => {
+                let message = format!("tensor {name:?} of shape {shape:?} is missing");
+                return Err(invalid(source.path(), message));
+            }
+            Some(found) if found != shape.as_slice() => {
+                return Err(invalid(
+                    source.file_of(name),
+                    format!("tensor {name:?} has shape {found:?}; the config wants {shape:?}"),
+                ));
+            }
+            Some(_) => {}
+        }
+        source.dtype(name)?;
+        let elements = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+        total = elements
+            .and_then(|n| total.checked_add(n))
+            .ok_or_else(|| invalid(source.path(), "holds more elements than can be counted"))?;
+    }
+    Ok(total)
+}
+
 impl LinearSpec {
-    fn tensors(&self) -> impl Iterator<Item = &TensorSpec> {
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &TensorSpec> {
         self.weights.iter().chain(&self.biases)
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! A model is loaded from a folder ([`load_causal_lm`]) and computes one step for many sequences at once: a flat,
 //! ragged [`Batch`] of tokens in, logits of the wanted rows out. Keys and values live in a paged [`KvCache`] that the
-//! caller owns. Nothing here knows a request, a sequence or a scheduler.
+//! caller owns. [`encoder::load_encoder`] loads the other kind: texts in, embeddings or scores out. Nothing here knows a request, a sequence or a scheduler.
 
 mod batch;
 mod causal_lm;
 mod config;
 mod convert;
 mod decoder;
+pub mod encoder;
 mod error;
 mod families;
 mod gguf;

@@ -159,7 +159,7 @@ fn kv_bytes_per_token(config: &DecoderConfig, dtype: DType) -> usize {
 }
 
 /// Refuses a model that the machine cannot hold. Only the CPU's memory is asked; a GPU says so itself when it is full.
-fn check_memory(
+pub(crate) fn check_memory(
     source: &dyn TensorSource,
     num_parameters: usize,
     placement: &Placement,
@@ -178,7 +178,7 @@ fn check_memory(
 }
 
 /// Memory that can be had without swapping, where the system tells it: the machine's, or the control group's limit.
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| parse_meminfo(&text));
     let group =
         std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());

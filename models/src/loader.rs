@@ -79,6 +79,19 @@ impl<'a> Loader<'a> {
         Ok(weight)
     }
 
+    /// Norm weights are stored minus one.
+    pub(crate) fn unit_offset_norms(&mut self, offset: bool) {
+        self.unit_offset_norms = offset;
+    }
+
+    /// A table whose rows are only looked up: never quantised, and in rows as they are stored.
+    pub(crate) fn table(&mut self, spec: &TensorSpec) -> Result<Weight> {
+        let matrix = self.tensor(spec)?;
+        let weight = Weight::portable(&[matrix], self.dtype, self.device)?;
+        self.weight_bytes += weight.num_bytes();
+        Ok(weight)
+    }
+
     pub(crate) fn matrix(&mut self, spec: &TensorSpec) -> Result<Weight> {
         let matrix = self.tensor(spec)?;
         self.stack(&[matrix])

@@ -38,11 +38,19 @@ const FAMILIES: &[(&str, Configure)] = &[
 pub(crate) fn decoder_config(json: &ConfigJson<'_>) -> Result<DecoderConfig> {
     let architectures = json.list("architectures")?.unwrap_or_default();
     let names: Vec<&str> = architectures.iter().filter_map(serde_json::Value::as_str).collect();
-    let Some((name, configure)) = FAMILIES.iter().find(|(name, _)| names.contains(name)) else {
+    let Some((name, _)) = FAMILIES.iter().find(|(name, _)| names.contains(name)) else {
         return Err(match names.first() {
             None => json.invalid("architectures is missing, so the model's kind is unknown"),
             Some(name) => Error::UnknownArchitecture { name: (*name).to_owned(), known: known() },
         });
+    };
+    decoder_config_of(json, name)
+}
+
+/// As [`decoder_config`] for a family that was found otherwise, by its name in [`FAMILIES`].
+pub(crate) fn decoder_config_of(json: &ConfigJson<'_>, name: &str) -> Result<DecoderConfig> {
+    let Some((name, configure)) = FAMILIES.iter().find(|(known, _)| *known == name) else {
+        return Err(Error::UnknownArchitecture { name: name.to_owned(), known: known() });
     };
     if let Some(quantization) = json.object("quantization_config")? {
         let method = quantization.string("quant_method")?.unwrap_or("unnamed");
@@ -54,7 +62,12 @@ pub(crate) fn decoder_config(json: &ConfigJson<'_>) -> Result<DecoderConfig> {
     Ok(config)
 }
 
-fn known() -> String {
+/// Whether a family has this name.
+pub(crate) fn is_known(name: &str) -> bool {
+    FAMILIES.iter().any(|(known, _)| *known == name)
+}
+
+pub(crate) fn known() -> String {
     FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 

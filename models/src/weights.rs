@@ -49,7 +49,12 @@ struct Located {
 impl FolderSource {
     /// Opens all files of `folder` and checks their headers.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
-        let root = link_root(folder)?;
+        Self::open_below(folder, folder)
+    }
+
+    /// As [`FolderSource::open`] for `folder` in the model's folder `model`: links must not lead out of that one.
+    pub(crate) fn open_below(folder: &Path, model: &Path) -> Result<Self> {
+        let root = link_root(model)?;
         let mut source = Self { path: folder.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() };
         let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
         if exists(&single)? {

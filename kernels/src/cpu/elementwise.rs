@@ -8,7 +8,7 @@ use crate::ops::Activation;
 const PARALLEL_FROM: usize = 1 << 14;
 
 /// Runs `rows(first, end)` over all rows, in parallel when there is enough to do.
-fn for_rows(num_rows: usize, width: usize, rows: impl Fn(usize, usize) + Sync) {
+pub(super) fn for_rows(num_rows: usize, width: usize, rows: impl Fn(usize, usize) + Sync) {
     if num_rows * width < PARALLEL_FROM {
         return rows(0, num_rows);
     }
@@ -135,13 +135,13 @@ unsafe fn gated_rows<S: Simd>(
             let y = out.slice(row * width, width);
             let vectors = width / LANES * LANES;
             for i in (0..vectors).step_by(LANES) {
-                let v = activate::<S>(S::load(gate.as_ptr().add(i)), activation);
+                let v = activated::<S>(S::load(gate.as_ptr().add(i)), activation);
                 S::store(y.as_mut_ptr().add(i), S::mul(v, S::load(up.as_ptr().add(i))));
             }
             if vectors < width {
                 let mut tail = [0.0; LANES];
                 tail[..width - vectors].copy_from_slice(&gate[vectors..]);
-                let tail = S::to_array(activate::<S>(S::load(tail.as_ptr()), activation));
+                let tail = S::to_array(activated::<S>(S::load(tail.as_ptr()), activation));
                 for i in vectors..width {
                     y[i] = tail[i - vectors] * up[i];
                 }
@@ -150,8 +150,48 @@ unsafe fn gated_rows<S: Simd>(
     }
 }
 
+/// `act(x)`, element by element.
+pub(crate) fn activate(x: Rows<'_>, activation: Activation, y: &mut Unwritten) {
+    assert!(y.len() == x.num_rows * x.width, "sizes");
+    let out = OutPtr::new(y);
+    for_rows(x.num_rows, x.width, |first, end| {
+        dispatch!(
+            activate_rows(x, activation, out, first, end) -> (),
+            [x: Rows<'_>, activation: Activation, out: OutPtr<f32>, first: usize, end: usize]
+        );
+    });
+}
+
 #[inline(always)]
-unsafe fn activate<S: Simd>(x: S::V, activation: Activation) -> S::V {
+unsafe fn activate_rows<S: Simd>(
+    x: Rows<'_>,
+    activation: Activation,
+    out: OutPtr<f32>,
+    first: usize,
+    end: usize,
+) {
+    let vectors = x.width / LANES * LANES;
+    for row in first..end {
+        let source = x.row(row);
+        // SAFETY: rows are disjoint parts of the output, which has `width` elements for each; the tail goes through a
+        // full vector of its own.
+        unsafe {
+            let y = out.slice(row * x.width, x.width);
+            for i in (0..vectors).step_by(LANES) {
+                S::store(y.as_mut_ptr().add(i), activated::<S>(S::load(source.as_ptr().add(i)), activation));
+            }
+            if vectors < x.width {
+                let mut tail = [0.0; LANES];
+                tail[..x.width - vectors].copy_from_slice(&source[vectors..]);
+                let tail = S::to_array(activated::<S>(S::load(tail.as_ptr()), activation));
+                y[vectors..].copy_from_slice(&tail[..x.width - vectors]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activated<S: Simd>(x: S::V, activation: Activation) -> S::V {
     // SAFETY: the instruction set is given.
     unsafe {
         match activation {
@@ -163,6 +203,7 @@ unsafe fn activate<S: Simd>(x: S::V, activation: Activation) -> S::V {
                 let z = S::mul(S::splat(2.0 * C), S::fma(S::splat(0.044_715), cube, x));
                 S::mul(x, sigmoid::<S>(z))
             }
+            Activation::Relu => S::max(x, S::splat(0.0)),
             Activation::Gelu => {
                 let t = S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2));
                 S::mul(S::mul(x, S::splat(0.5)), S::add(erf::<S>(t), S::splat(1.0)))

@@ -17,18 +17,22 @@ mod elementwise;
 mod gemm;
 mod isa;
 mod kv;
+mod layer_norm;
 mod matrix;
 mod pool;
 pub mod probe;
+mod self_attention;
 mod simd;
 
 pub(crate) use attention::paged_attention;
-pub(crate) use elementwise::{add, gated_activation, rms_norm, rope};
+pub(crate) use elementwise::{activate, add, gated_activation, rms_norm, rope};
 pub(crate) use gemm::matmul;
 pub use isa::{Isa, isa};
 pub(crate) use kv::KvStore;
+pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
 pub use pool::{num_threads, set_num_threads};
+pub(crate) use self_attention::{SelfAttention, self_attention};
 
 /// A matrix of f32 rows, `stride` elements apart: an activation, or a slice of one along its last dimension.
 #[derive(Debug, Clone, Copy)]

@@ -1,0 +1,250 @@
+//! The encoders' CPU kernels against the plain formulas, odd sizes and tails included, and their batch invariance.
+//!
+//! The instruction set is chosen once a process; `every_instruction_set` runs this binary again for each lower one.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use candle_core::{Device, Tensor};
+use ingle_kernels::ops::{self, Activation, RelativeBias, SelfAttnParams};
+use ingle_kernels::{Isa, isa, reference};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const CPU: Device = Device::Cpu;
+
+fn rng(seed: u64) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(seed)
+}
+
+fn random(rng: &mut ChaCha8Rng, shape: &[usize]) -> Tensor {
+    let count = shape.iter().product();
+    let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(values, shape, &CPU).unwrap()
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Largest difference, as a share of the largest value.
+fn error(found: &Tensor, wanted: &Tensor) -> f32 {
+    assert_eq!(found.dims(), wanted.dims());
+    let (found, wanted) = (values(found), values(wanted));
+    let scale = wanted.iter().fold(1e-3_f32, |max, x| max.max(x.abs()));
+    let worst =
+        found.iter().zip(&wanted).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
+    worst.fold(0.0, f32::max) / scale
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    values(x).into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn layer_norm_equals_the_formula() {
+    let mut rng = rng(1);
+    for width in [1, 2, 15, 16, 17, 48, 100, 384, 768] {
+        for rows in [1, 3, 70] {
+            // Rows that are slices of wider ones, far from zero: the variance must not be a difference of squares.
+            let x = (random(&mut rng, &[rows, width + 3]).narrow(1, 2, width).unwrap() + 7.0).unwrap();
+            let (residual, weight) = (random(&mut rng, &[rows, width]), random(&mut rng, &[width]));
+            let bias = random(&mut rng, &[width]);
+            for residual in [None, Some(&residual)] {
+                for bias in [None, Some(&bias)] {
+                    let found = ops::layer_norm(&x, residual, &weight, bias, 1e-5).unwrap();
+                    let wanted = reference::layer_norm(&x, residual, &weight, bias, 1e-5).unwrap();
+                    // The mean of numbers around 7 is rounded at 1e-7 of it, the rest is scaled up from there.
+                    assert!(error(&found, &wanted) < 2e-5, "{rows} x {width}: {}", error(&found, &wanted));
+                }
+            }
+        }
+    }
+    let x = random(&mut rng, &[2, 8]);
+    let refused = |x: &Tensor, residual: Option<&Tensor>, width: usize| {
+        ops::layer_norm(x, residual, &Tensor::ones(width, candle_core::DType::F32, &CPU).unwrap(), None, 1e-5)
+            .is_err()
+    };
+    assert!(!refused(&x, Some(&x), 8));
+    assert!(refused(&x, None, 7));
+    assert!(refused(&x, Some(&random(&mut rng, &[1, 8])), 8));
+}
+
+#[test]
+fn activations_equal_the_formula() {
+    let mut rng = rng(2);
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu] {
+        for width in [1, 15, 16, 33, 3072] {
+            let x = (random(&mut rng, &[5, width]) * 9.0).unwrap();
+            let found = ops::activate(&x, activation).unwrap();
+            let wanted = reference::activate(&x, activation).unwrap();
+            assert!(error(&found, &wanted) < 1e-6, "{activation:?} {width}: {}", error(&found, &wanted));
+        }
+    }
+}
+
+/// `0.5 x (1 + erf(x / sqrt 2))` in f64 by the series of the normal distribution, which converges for all |x| here.
+fn exact_gelu(x: f64) -> f64 {
+    let t = x / std::f64::consts::SQRT_2;
+    let (mut term, mut sum) = (t, t);
+    for n in 1..200 {
+        term *= -t * t / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    0.5 * x * (1.0 + 2.0 / std::f64::consts::PI.sqrt() * sum)
+}
+
+#[test]
+fn gelu_is_the_exact_one() {
+    let xs: Vec<f32> = (-450..=450).map(|i| i as f32 / 100.0).collect();
+    let x = Tensor::from_vec(xs.clone(), (1, xs.len()), &CPU).unwrap();
+    for (x, y) in xs.iter().zip(values(&ops::activate(&x, Activation::Gelu).unwrap())) {
+        let exact = exact_gelu(f64::from(*x));
+        let off = (f64::from(y) - exact).abs();
+        // The approximation by tanh is up to 5e-4 off.
+        assert!(off < 1e-6, "gelu({x}) = {y}, not {exact}");
+    }
+}
+
+struct Inputs {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Vec<u32>,
+}
+
+/// Views of a stacked projection, as a model makes them.
+fn inputs(rng: &mut ChaCha8Rng, (heads, kv_heads, dim): (usize, usize, usize), lens: &[usize]) -> Inputs {
+    let tokens = lens.iter().sum();
+    let qkv = (random(rng, &[tokens, heads + 2 * kv_heads, dim]) * 2.0).unwrap();
+    let mut cu_seqlens = vec![0];
+    for len in lens {
+        cu_seqlens.push(cu_seqlens.last().unwrap() + *len as u32);
+    }
+    Inputs {
+        q: qkv.narrow(1, 0, heads).unwrap(),
+        k: qkv.narrow(1, heads, kv_heads).unwrap(),
+        v: qkv.narrow(1, heads + kv_heads, kv_heads).unwrap(),
+        cu_seqlens,
+    }
+}
+
+fn attend(x: &Inputs, bias: Option<&RelativeBias>, params: &SelfAttnParams) -> Tensor {
+    ops::self_attention(&x.q, &x.k, &x.v, &x.cu_seqlens, bias, params).unwrap()
+}
+
+/// All ways of looking that models have, and some narrow ones.
+fn all_params() -> Vec<SelfAttnParams> {
+    let plain = SelfAttnParams::bidirectional(0.3);
+    vec![
+        plain,
+        SelfAttnParams { right: Some(0), ..plain },
+        SelfAttnParams { left: Some(19), right: Some(0), ..plain },
+        SelfAttnParams { left: Some(8), right: Some(8), ..plain },
+        SelfAttnParams { left: Some(64), right: Some(64), softcap: Some(2.0), ..plain },
+        SelfAttnParams { left: Some(0), right: Some(0), ..plain },
+        SelfAttnParams { left: Some(0), right: Some(70), ..plain },
+    ]
+}
+
+fn some_bias(rng: &mut ChaCha8Rng, heads: usize, reach: usize) -> RelativeBias {
+    let table = values(&random(rng, &[heads * 2 * reach]));
+    RelativeBias::new(heads, reach, |head, distance| {
+        4.0 * table[head * 2 * reach + (distance + reach as isize) as usize]
+    })
+    .unwrap()
+}
+
+#[test]
+fn self_attention_equals_the_formula() {
+    let mut rng = rng(3);
+    let lens: &[&[usize]] = &[&[1], &[16, 1, 17], &[47, 48, 49], &[64, 0, 65, 2], &[130, 5, 200, 63], &[250]];
+    for (heads, kv_heads, dim) in
+        [(1, 1, 16), (4, 4, 12), (3, 3, 64), (6, 2, 32), (2, 1, 5), (2, 2, 128), (1, 1, 1)]
+    {
+        for lens in lens {
+            let x = inputs(&mut rng, (heads, kv_heads, dim), lens);
+            let bias = some_bias(&mut rng, heads, 250);
+            for params in all_params() {
+                for bias in [None, Some(&bias)] {
+                    let found = attend(&x, bias, &params);
+                    let wanted =
+                        reference::self_attention(&x.q, &x.k, &x.v, &x.cu_seqlens, bias, &params).unwrap();
+                    let error = error(&found, &wanted);
+                    // Scores of some 20 are rounded at 2e-6, and the weights with them.
+                    assert!(
+                        error < 1e-5,
+                        "{heads}/{kv_heads} x {dim}, {lens:?}, {params:?}, bias {}: {error}",
+                        bias.is_some()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_its_batch() {
+    let mut rng = rng(4);
+    let lens = [70, 1, 200, 16, 48, 33];
+    let x = inputs(&mut rng, (4, 2, 24), &lens);
+    let bias = some_bias(&mut rng, 4, 200);
+    for params in all_params() {
+        let together = attend(&x, Some(&bias), &params);
+        for (seq, len) in lens.iter().enumerate() {
+            let start = x.cu_seqlens[seq] as usize;
+            let cut = |x: &Tensor| x.narrow(0, start, *len).unwrap();
+            let alone = Inputs { q: cut(&x.q), k: cut(&x.k), v: cut(&x.v), cu_seqlens: vec![0, *len as u32] };
+            assert_eq!(bits(&attend(&alone, Some(&bias), &params)), bits(&cut(&together)), "{params:?}");
+        }
+    }
+}
+
+#[test]
+fn scores_of_any_size_are_weighted() {
+    let mut rng = rng(5);
+    let mut x = inputs(&mut rng, (2, 2, 16), &[100]);
+    x.q = (x.q * 60.0).unwrap();
+    x.k = (x.k * 60.0).unwrap();
+    let params = SelfAttnParams::bidirectional(1.0);
+    let wanted = reference::self_attention(&x.q, &x.k, &x.v, &x.cu_seqlens, None, &params).unwrap();
+    // Scores of some 10^4 are rounded at 10^-3, and the weights with them.
+    assert!(error(&attend(&x, None, &params), &wanted) < 5e-3);
+}
+
+#[test]
+fn shapes_that_contradict_each_other_are_refused() {
+    let mut rng = rng(6);
+    let x = inputs(&mut rng, (4, 2, 8), &[5, 6]);
+    let params = SelfAttnParams::bidirectional(1.0);
+    let run = |cu_seqlens: &[u32], bias: Option<&RelativeBias>| {
+        ops::self_attention(&x.q, &x.k, &x.v, cu_seqlens, bias, &params)
+    };
+    assert!(run(&[0, 5, 11], None).is_ok());
+    for wrong in [&[0, 5][..], &[0, 12], &[1, 11], &[0, 7, 5, 11], &[]] {
+        assert!(run(wrong, None).is_err(), "{wrong:?}");
+    }
+    assert!(run(&[0, 5, 11], Some(&some_bias(&mut rng, 4, 6))).is_ok());
+    assert!(run(&[0, 5, 11], Some(&some_bias(&mut rng, 4, 5))).is_err());
+    assert!(run(&[0, 5, 11], Some(&some_bias(&mut rng, 2, 6))).is_err());
+    assert!(RelativeBias::new(2, 0, |_, _| 0.0).is_err());
+    let three = random(&mut rng, &[11, 3, 8]);
+    assert!(ops::self_attention(&x.q, &three, &three, &[0, 11], None, &params).is_err());
+    assert!(ops::self_attention(&x.q, &x.k, &three, &[0, 11], None, &params).is_err());
+}
+
+/// Runs all other tests of this file once for every lower instruction set that this processor has.
+#[test]
+fn every_instruction_set() {
+    if std::env::var_os("INGLE_ISA").is_some() {
+        return;
+    }
+    assert_eq!(isa(), Isa::available()[0]);
+    for lower in &Isa::available()[1..] {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .env("INGLE_ISA", lower.name())
+            .args(["--quiet", "--skip", "every_instruction_set"])
+            .status()
+            .unwrap();
+        assert!(status.success(), "the kernels fail on {}", lower.name());
+    }
+}

@@ -1,0 +1,227 @@
+//! The one bidirectional encoder: every family is this forward pass under another [`EncoderConfig`].
+
+use candle_core::{DType, Device, Tensor};
+use ingle_kernels::{RelativeBias, RopeTables, SelfAttnParams, Weight, ops};
+
+use super::config::{Count, EncoderConfig, NormPlacement, Positions};
+use super::head::Norm;
+use super::layout::{EncoderSpec, NormSpec};
+use crate::error::Result;
+use crate::linear::Linear;
+use crate::loader::Loader;
+use crate::rope::Rope;
+
+/// A loaded bidirectional transformer: ids in, a vector for each token out.
+pub(crate) struct EncoderModel {
+    config: EncoderConfig,
+    word: Weight,
+    position: Option<Weight>,
+    token_type: Option<Weight>,
+    embedding_norm: Norm,
+    layers: Vec<Layer>,
+    final_norm: Option<Norm>,
+    relative_bias: Option<RelativeBias>,
+    ropes: Vec<Rope>,
+    /// Of the activations.
+    dtype: DType,
+    device: Device,
+}
+
+struct Layer {
+    /// q above k above v.
+    qkv: Linear,
+    o: Linear,
+    attn_norm: Option<Norm>,
+    /// Gate above up, if gated.
+    mlp_in: Linear,
+    mlp_out: Linear,
+    mlp_norm: Norm,
+    rope: Option<usize>,
+    params: SelfAttnParams,
+}
+
+impl EncoderModel {
+    /// Loads the tensors of `spec`, which has been checked. `max_len` is the longest sequence that will be run.
+    pub(crate) fn load(
+        config: EncoderConfig,
+        spec: &EncoderSpec,
+        loader: &mut Loader<'_>,
+        max_len: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let word = loader.table(&spec.word)?;
+        let position = spec.position.as_ref().map(|spec| loader.table(spec)).transpose()?;
+        let token_type = spec.token_type.as_ref().map(|spec| loader.table(spec)).transpose()?;
+        let embedding_norm = norm(&spec.embedding_norm, config.norm_eps, loader)?;
+        let relative_bias = match (&spec.relative_bias, config.relative_bias) {
+            (Some(spec), Some(buckets)) => {
+                let table: Vec<Vec<f32>> = loader.tensor(spec)?.to_dtype(DType::F32)?.to_vec2()?;
+                let value = |head: usize, distance| table[buckets.bucket(distance)][head];
+                Some(RelativeBias::new(config.num_heads, max_len, value)?)
+            }
+            _ => None,
+        };
+        let scale = 1.0 / (config.head_dim() as f32).sqrt();
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (spec, layer) in spec.layers.iter().zip(&config.layers) {
+            layers.push(Layer {
+                qkv: loader.linear(&spec.qkv)?,
+                o: loader.linear(&spec.o)?,
+                attn_norm: spec
+                    .attn_norm
+                    .as_ref()
+                    .map(|spec| norm(spec, config.norm_eps, loader))
+                    .transpose()?,
+                mlp_in: loader.linear(&spec.mlp_in)?,
+                mlp_out: loader.linear(&spec.mlp_out)?,
+                mlp_norm: norm(&spec.mlp_norm, config.norm_eps, loader)?,
+                rope: layer.rope,
+                params: SelfAttnParams {
+                    left: layer.window,
+                    right: layer.window,
+                    ..SelfAttnParams::bidirectional(scale)
+                },
+            });
+        }
+        let final_norm =
+            spec.final_norm.as_ref().map(|spec| norm(spec, config.norm_eps, loader)).transpose()?;
+        Ok(Self {
+            ropes: config.ropes.iter().map(|rope| Rope::new(rope, max_len)).collect(),
+            word,
+            position,
+            token_type,
+            embedding_norm,
+            layers,
+            final_norm,
+            relative_bias,
+            config,
+            dtype,
+            device: device.clone(),
+        })
+    }
+
+    /// Vectors of all tokens, `[num_tokens, hidden]`. The batch has been checked.
+    pub(crate) fn forward(
+        &self,
+        input_ids: &[u32],
+        token_type_ids: &[u32],
+        cu_seqlens: &[u32],
+    ) -> Result<Tensor> {
+        let mut tables = Vec::with_capacity(self.ropes.len());
+        if !self.ropes.is_empty() {
+            let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
+            for rope in &self.ropes {
+                tables.push(rope.tables(&positions, &self.device)?);
+            }
+        }
+        let mut hidden = self.embed(input_ids, token_type_ids, cu_seqlens)?; // [T, hidden]
+        for layer in &self.layers {
+            hidden = match self.config.norm_placement {
+                NormPlacement::Post => {
+                    let x = self.attend(layer, &hidden, &tables, cu_seqlens)?;
+                    let hidden = match &layer.attn_norm {
+                        Some(norm) => norm.forward(&x, Some(&hidden))?,
+                        None => ops::add(&x, &hidden)?,
+                    };
+                    let x = self.mlp(layer, &hidden)?;
+                    layer.mlp_norm.forward(&x, Some(&hidden))?
+                }
+                NormPlacement::Pre => {
+                    let x = match &layer.attn_norm {
+                        Some(norm) => norm.forward(&hidden, None)?,
+                        None => hidden.clone(),
+                    };
+                    let x = self.attend(layer, &x, &tables, cu_seqlens)?;
+                    let hidden = ops::add(&hidden, &x)?;
+                    let x = self.mlp(layer, &layer.mlp_norm.forward(&hidden, None)?)?;
+                    ops::add(&hidden, &x)?
+                }
+            };
+        }
+        match &self.final_norm {
+            Some(norm) => norm.forward(&hidden, None),
+            None => Ok(hidden),
+        }
+    }
+
+    fn embed(&self, input_ids: &[u32], token_type_ids: &[u32], cu_seqlens: &[u32]) -> Result<Tensor> {
+        let mut x = ops::embedding(input_ids, &self.word, self.dtype)?;
+        // The order of the sums is transformers'.
+        if let Some(table) = &self.token_type {
+            x = ops::add(&x, &ops::embedding(token_type_ids, table, self.dtype)?)?;
+        }
+        if let (Some(table), Positions::Learned { count, .. }) = (&self.position, self.config.positions) {
+            let rows = position_rows(input_ids, cu_seqlens, count);
+            x = ops::add(&x, &ops::embedding(&rows, table, self.dtype)?)?;
+        }
+        self.embedding_norm.forward(&x, None)
+    }
+
+    fn attend(&self, layer: &Layer, x: &Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
+        let (tokens, _) = x.dims2()?;
+        let (heads, dim) = (self.config.num_heads, self.config.head_dim());
+        let qkv = layer.qkv.forward(x)?.reshape((tokens, 3 * heads, dim))?;
+        // Views: a token's heads lie side by side in its row.
+        let (mut q, mut k) = (qkv.narrow(1, 0, heads)?, qkv.narrow(1, heads, heads)?); // [T, H, D]
+        let v = qkv.narrow(1, 2 * heads, heads)?;
+        if let Some(rope) = layer.rope {
+            q = ops::rope(&q, &tables[rope])?;
+            k = ops::rope(&k, &tables[rope])?;
+        }
+        let bias = self.relative_bias.as_ref();
+        let out = ops::self_attention(&q, &k, &v, cu_seqlens, bias, &layer.params)?; // [T, H, D]
+        layer.o.forward(&out.reshape((tokens, heads * dim))?)
+    }
+
+    fn mlp(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
+        let x = layer.mlp_in.forward(x)?;
+        let x = if self.config.gated {
+            ops::gated_activation(&x, self.config.activation)?
+        } else {
+            ops::activate(&x, self.config.activation)?
+        };
+        layer.mlp_out.forward(&x)
+    }
+}
+
+/// Row of the table of positions for each token.
+fn position_rows(input_ids: &[u32], cu_seqlens: &[u32], count: Count) -> Vec<u32> {
+    let mut rows = Vec::with_capacity(input_ids.len());
+    for pair in cu_seqlens.windows(2) {
+        match count {
+            Count::FromZero => rows.extend(0..pair[1] - pair[0]),
+            Count::AfterPadding(padding) => {
+                let mut last = padding;
+                for id in &input_ids[pair[0] as usize..pair[1] as usize] {
+                    if *id == padding {
+                        rows.push(padding);
+                    } else {
+                        last += 1;
+                        rows.push(last);
+                    }
+                }
+            }
+        }
+    }
+    rows
+}
+
+/// Loads the parameters of a norm.
+pub(crate) fn norm(spec: &NormSpec, eps: f32, loader: &mut Loader<'_>) -> Result<Norm> {
+    let weight = loader.norm(&spec.weight)?;
+    let bias = spec.bias.as_ref().map(|spec| loader.norm(spec)).transpose()?;
+    Ok(Norm { weight, bias, eps })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Count, position_rows};
+
+    #[test]
+    fn positions_start_anew_in_each_sequence() {
+        assert_eq!(position_rows(&[5, 6, 7, 8, 9], &[0, 3, 5], Count::FromZero), [0, 1, 2, 0, 1]);
+        // A padding id within a text is passed over, as transformers does.
+        assert_eq!(position_rows(&[5, 1, 7, 8, 1], &[0, 3, 5], Count::AfterPadding(1)), [2, 1, 3, 2, 1]);
+    }
+}
