@@ -150,8 +150,12 @@ async fn a_load_on_ingle_is_counted_to_the_token() {
         ] {
             assert_eq!(point[name], wanted, "{name}");
         }
-        for name in ["mean_ttft_ms", "median_tpot_ms", "p99_itl_ms", "p95_e2el_ms", "output_throughput"] {
+        for name in ["mean_ttft_ms", "p95_e2el_ms", "output_throughput"] {
             assert!(point[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {}", point[name]);
+        }
+        // A whole answer may arrive at once: then there is no time between its tokens.
+        for name in ["median_tpot_ms", "p99_itl_ms"] {
+            assert!(point[name].as_f64().is_some_and(|value| value >= 0.0), "{name}: {}", point[name]);
         }
         assert_eq!(point["goodput_share"], 1.0);
         assert_eq!(point["ttfts_ms"].as_array().expect("a value a request").len(), 6);
@@ -382,7 +386,7 @@ fn a_model_of_random_weights_is_the_same_every_time_and_works() {
     let answer = ingle(&[
         "run",
         path.to_str().expect("plain"),
-        "abc def",
+        " ab ef",
         "--raw",
         "-n",
         "4",
@@ -418,7 +422,7 @@ fn a_start_is_taken_apart() {
     assert_eq!(result["points"].as_array().expect("starts").len(), 2);
     for start in result["points"].as_array().expect("starts") {
         let number = |name: &str| start[name].as_f64().unwrap_or_else(|| panic!("{name}: {start}"));
-        assert!(number("first_token_ms") > number("ready_ms") && number("ready_ms") > 0.0);
+        assert!(number("first_token_ms") >= number("ready_ms") && number("ready_ms") > 0.0);
         assert!(number("rss_mib") > 1.0 && number("peak_rss_mib") >= number("rss_mib"));
     }
     let failing = ingle(&["bench", "startup", "/no/such/model", "-r", "1"]);

@@ -127,7 +127,10 @@ impl DatasetSpec {
         count: usize,
         seed: u64,
     ) -> anyhow::Result<Workload> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        // Lengths are part of the seed: else a longer prompt of another run would begin like the shorter one of this, and
+        // a prefix cache would answer its beginning.
+        let lengths = (self.input_len as u64).rotate_left(40) ^ u64::from(self.output_len()).rotate_left(20);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ lengths);
         let conversations = match self.name {
             DatasetName::Random | DatasetName::SharedPrefix => {
                 self.random(writer, api, count, &mut rng).await?
