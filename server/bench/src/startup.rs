@@ -199,7 +199,8 @@ fn memory(group: u32) -> (f64, f64) {
 #[must_use]
 pub fn table(result: &StartupResult) -> Table {
     let mut table = Table::new(&["what", "median", "mean", "+-", "min", "max"], 1);
-    let figures: [(&str, fn(&Start) -> f64); 6] = [
+    type Figure = (&'static str, fn(&Start) -> f64);
+    let figures: [Figure; 6] = [
         ("exec to ready, ms", |start| start.ready_ms),
         ("exec to first token, ms", |start| start.first_token_ms),
         ("TTFT of the first request, ms", |start| start.first_ttft_ms),

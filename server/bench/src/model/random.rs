@@ -155,7 +155,7 @@ impl RandomModel {
         }
         let mut header = Value::Object(header).to_string();
         // The data begins at a multiple of eight.
-        while header.len() % 8 != 0 {
+        while !header.len().is_multiple_of(8) {
             header.push(' ');
         }
         let file = File::create(path).with_context(|| path.display().to_string())?;

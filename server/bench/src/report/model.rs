@@ -42,7 +42,7 @@ pub fn model_remarks(result: &ModelResult) -> Vec<String> {
         .iter()
         .map(|(name, rate)| format!("{name} {:.0}", rate.as_f64().unwrap_or(0.0)))
         .collect();
-    vec![
+    let mut remarks = vec![
         format!(
             "limits: {:.1} GB/s read, {:.1} GB/s copied ({} MiB); 10^9 operations/s: {}",
             limits.read_gb_per_s,
@@ -51,5 +51,11 @@ pub fn model_remarks(result: &ModelResult) -> Vec<String> {
             rates.join(", "),
         ),
         format!("loaded in {:.2} s; steps of {} tokens at most", result.load_seconds, result.step_tokens),
-    ]
+    ];
+    if result.isa == "amx" {
+        remarks.push(
+            "the rate of AMX tiles is not measured: shares of GFLOP/s are of the vector unit's".to_owned(),
+        );
+    }
+    remarks
 }
