@@ -1,6 +1,6 @@
 //! `ingle bench`: what it measures is counted and classified right. How fast anything is, is not asked here.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};

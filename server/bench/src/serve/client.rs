@@ -138,22 +138,33 @@ pub(crate) async fn request(
 ) -> RequestRecord {
     // Put together before the clock starts: the server does not see this work.
     let body = body(target, ask).to_string();
-    let mut request = target
-        .http
-        .post(&target.route)
-        .timeout(target.timeout)
-        .header("content-type", "application/json")
-        .body(body);
-    if let Some(key) = &target.api_key {
-        request = request.bearer_auth(key);
+    let send = || {
+        let request = target
+            .http
+            .post(&target.route)
+            .timeout(target.timeout)
+            .header("content-type", "application/json")
+            .body(body.clone());
+        match &target.api_key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+        .send()
+    };
+    let mut start = Instant::now();
+    let mut answer = send().await;
+    // A kept connection may be closed by the server at the moment it is used again; that is nobody's failure. A server
+    // that closes new ones too is told of at the second try.
+    if answer.as_ref().is_err_and(|error| !error.is_timeout() && !error.is_connect()) {
+        start = Instant::now();
+        answer = send().await;
     }
-    let start = Instant::now();
     let mut record = RequestRecord {
         start: start.duration_since(begin).as_secs_f64(),
         prompt_tokens: ask.prompt.num_tokens().unwrap_or(0),
         ..RequestRecord::default()
     };
-    let mut answer = match request.send().await {
+    let mut answer = match answer {
         Ok(answer) => answer,
         Err(error) => {
             record.latency = start.elapsed().as_secs_f64();

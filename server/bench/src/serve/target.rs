@@ -76,6 +76,8 @@ pub(crate) fn http_client(access: &Access) -> anyhow::Result<reqwest::Client> {
         .default_headers(headers)
         .tcp_nodelay(true)
         .pool_max_idle_per_host(usize::MAX)
+        // Shorter than servers keep an idle connection.
+        .pool_idle_timeout(Duration::from_secs(2))
         // A proxy of the environment would be measured along with the server.
         .no_proxy()
         .connect_timeout(Duration::from_secs(30))
