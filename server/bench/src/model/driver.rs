@@ -178,9 +178,12 @@ mod tests {
 
     use super::*;
 
+    /// Sequence, start, tokens, blocks, whether it is sampled.
+    type Noted = (u64, usize, usize, Vec<u32>, bool);
+
     /// Notes the plans; samples token 1.
     #[derive(Default)]
-    struct Notebook(Vec<Vec<(u64, usize, usize, Vec<u32>, bool)>>);
+    struct Notebook(Vec<Vec<Noted>>);
 
     impl Backend for Notebook {
         fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
