@@ -1,5 +1,6 @@
 //! What the commands of the binary do; one file each.
 
+mod bench;
 mod convert;
 mod embed;
 mod load;
@@ -10,6 +11,7 @@ mod run;
 mod serve;
 mod tier;
 
+pub use bench::bench;
 pub use convert::convert;
 pub use embed::embed;
 pub use models::models;
