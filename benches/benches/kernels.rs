@@ -88,7 +88,7 @@ fn silu_mul_1536(bencher: Bencher<'_, '_>, tokens: usize) {
 #[divan::bench(args = [(1, 16), (32, 16), (1, 128), (8, 128), (1, 384), (4, 384)], sample_count = 20)]
 fn self_attention_mpnet(bencher: Bencher<'_, '_>, (seqs, len): (usize, usize)) {
     let qkv = random(&[seqs * len, 36, 64]);
-    let part = |idx| qkv.narrow(1, 12 * idx, 12).expect("a part");
+    let part = |idx: usize| qkv.narrow(1, 12 * idx, 12).expect("a part");
     let (q, k, v) = (part(0), part(1), part(2));
     let cu_seqlens: Vec<u32> = (0..=seqs).map(|seq| (seq * len) as u32).collect();
     let bias = RelativeBias::new(12, 384, |_, distance| distance as f32 / 1000.0).expect("a bias");
