@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RelativeBias, SelfAttnParams};
-use ingle_kernels::{KvLayer, Weight};
+use ingle_kernels::{KvDtype, KvLayer, Quantization, Weight};
 
 fn main() {
     divan::main();
@@ -23,11 +23,17 @@ fn random(shape: &[usize]) -> Tensor {
 /// `[rows, cols]` of weights: SmolLM2's gate and up, its head; Llama-3.2-1B's gate and up.
 const MATRICES: [(usize, usize); 3] = [(3072, 576), (49152, 576), (16384, 2048)];
 
-fn linear(bencher: Bencher<'_, '_>, (rows, cols): (usize, usize), tokens: usize, dtype: DType) {
+fn linear(
+    bencher: Bencher<'_, '_>,
+    (rows, cols): (usize, usize),
+    tokens: usize,
+    load: impl Fn(Tensor) -> ingle_kernels::Result<Weight>,
+) {
+    let weight = || load(random(&[rows, cols])).expect("a weight");
     // Several copies, so that a small matrix is read from memory as in a model, not from the nearest cache.
-    let copies = (64 << 20) / (rows * cols * dtype.size_in_bytes()) + 1;
-    let weights: Vec<Weight> =
-        (0..copies).map(|_| Weight::new(random(&[rows, cols]), dtype, &CPU).expect("a weight")).collect();
+    let first = weight();
+    let copies = (64 << 20) / first.num_bytes() + 1;
+    let weights: Vec<Weight> = std::iter::once(first).chain((1..copies).map(|_| weight())).collect();
     let x = random(&[tokens, cols]);
     let mut turn = 0;
     bencher
@@ -41,19 +47,29 @@ fn linear(bencher: Bencher<'_, '_>, (rows, cols): (usize, usize), tokens: usize,
 
 #[divan::bench(args = MATRICES, consts = [1, 4, 32, 512], sample_count = 20)]
 fn linear_bf16<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, usize)) {
-    linear(bencher, matrix, TOKENS, DType::BF16);
+    linear(bencher, matrix, TOKENS, |w| Weight::new(w, DType::BF16, &CPU));
 }
 
 #[divan::bench(args = MATRICES, consts = [1, 32, 512], sample_count = 20)]
 fn linear_f32<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, usize)) {
-    linear(bencher, matrix, TOKENS, DType::F32);
+    linear(bencher, matrix, TOKENS, |w| Weight::new(w, DType::F32, &CPU));
+}
+
+#[divan::bench(args = MATRICES, consts = [1, 4, 32, 512], sample_count = 20)]
+fn linear_int8<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, usize)) {
+    linear(bencher, matrix, TOKENS, |w| Weight::quantized(&[w], Quantization::Int8, &CPU));
+}
+
+#[divan::bench(args = MATRICES, consts = [1, 4, 32, 512], sample_count = 20)]
+fn linear_int4<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, usize)) {
+    linear(bencher, matrix, TOKENS, |w| Weight::quantized(&[w], Quantization::Int4, &CPU));
 }
 
 /// Attention of SmolLM2: 9 heads over 3 of width 64, bf16 cache.
 #[divan::bench(args = [(1, 1024, 1), (32, 256, 1), (1, 0, 512), (1, 1536, 512)], sample_count = 20)]
 fn paged_attention_bf16(bencher: Bencher<'_, '_>, (seqs, past, new): (usize, usize, usize)) {
     let blocks = (past + new).div_ceil(16);
-    let layer = KvLayer::new(seqs * blocks * 16, 3, 64, DType::BF16, &CPU).expect("memory for a bench");
+    let layer = KvLayer::new(seqs * blocks * 16, 3, 64, KvDtype::Bf16, &CPU).expect("memory for a bench");
     let mut meta =
         PagedMeta { block_size: 16, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
     for seq in 0..seqs {

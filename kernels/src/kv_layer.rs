@@ -12,6 +12,62 @@ use crate::error::{Result, argument};
 #[derive(Debug)]
 pub struct KvLayer(pub(crate) KvStorage);
 
+/// How cached keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtype {
+    /// As computed.
+    F32,
+    /// Rounded to bf16.
+    Bf16,
+    /// Rounded to f16.
+    F16,
+    /// Signed bytes with an f32 scale for each token and head (on the CPU only).
+    Int8,
+}
+
+impl KvDtype {
+    /// Bytes that the key (or the value) of one token and head of `head_dim` elements takes.
+    #[must_use]
+    pub fn head_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::F32 => 4 * head_dim,
+            Self::Bf16 | Self::F16 => 2 * head_dim,
+            Self::Int8 => head_dim + 4,
+        }
+    }
+
+    /// Name as the command line spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// The type of a cache that keeps numbers of `dtype`; `None` for types that no weights have.
+    #[must_use]
+    pub fn of(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::F32 => Some(Self::F32),
+            DType::BF16 => Some(Self::Bf16),
+            DType::F16 => Some(Self::F16),
+            _ => None,
+        }
+    }
+
+    fn float(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::Bf16 => Some(DType::BF16),
+            Self::F16 => Some(DType::F16),
+            Self::Int8 => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) enum KvStorage {
     /// In the layout of the CPU kernels.
@@ -29,7 +85,7 @@ impl KvLayer {
         num_slots: usize,
         num_kv_heads: usize,
         head_dim: usize,
-        dtype: DType,
+        dtype: KvDtype,
         device: &Device,
     ) -> Result<Self> {
         if !device.is_cpu() {
@@ -47,11 +103,14 @@ impl KvLayer {
         num_slots: usize,
         num_kv_heads: usize,
         head_dim: usize,
-        dtype: DType,
+        dtype: KvDtype,
         device: &Device,
     ) -> Result<Self> {
         check_sizes(num_slots, num_kv_heads, head_dim)?;
         let shape = (num_slots, num_kv_heads, head_dim);
+        let dtype = dtype
+            .float()
+            .ok_or_else(|| argument("KvLayer::new", "an int8 cache is for the CPU only".to_owned()))?;
         let (k, v) = (Tensor::zeros(shape, dtype, device)?, Tensor::zeros(shape, dtype, device)?);
         Ok(Self(KvStorage::Tensors { k, v }))
     }

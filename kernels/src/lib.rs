@@ -19,6 +19,6 @@ mod weight;
 
 pub use cpu::{Isa, isa, num_threads, set_num_threads};
 pub use error::{Error, Result};
-pub use kv_layer::KvLayer;
+pub use kv_layer::{KvDtype, KvLayer};
 pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SelfAttnParams};
-pub use weight::{Quantization, Weight};
+pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};

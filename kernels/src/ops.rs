@@ -148,16 +148,21 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         let (rows, cols) = (weight.rows(), weight.cols());
         return Err(argument("linear", format!("{:?} by a weight of [{rows}, {cols}]", x.dims())));
     }
-    let WeightStorage::Packed(matrix) = weight.storage() else {
+    if let WeightStorage::Dense(_) = weight.storage() {
         return reference::linear(x, weight, bias);
+    }
+    let multiply = |x: Rows<'_>, bias: Option<&[f32]>, y: &mut Unwritten| match weight.storage() {
+        WeightStorage::Packed(matrix) => cpu::matmul(x, matrix, bias, y),
+        WeightStorage::Quantized(matrix) => cpu::quant_matmul(x, matrix, bias, y),
+        WeightStorage::Dense(_) => unreachable!("computed above"),
     };
     let x = View::new(x, width)?;
     let shape = (tokens, weight.rows());
     let Some(bias) = bias else {
-        return fill(shape, |y| x.read(|x| cpu::matmul(x, matrix, None, y)));
+        return fill(shape, |y| x.read(|x| multiply(x, None, y)));
     };
     let bias = View::new(bias, weight.rows())?;
-    fill(shape, |y| x.read(|x| bias.read(|bias| cpu::matmul(x, matrix, Some(bias.row(0)), y)))?)
+    fill(shape, |y| x.read(|x| bias.read(|bias| multiply(x, Some(bias.row(0)), y)))?)
 }
 
 /// Rows `ids` of `weight` as `[ids.len(), in]` in `dtype`.
@@ -168,12 +173,16 @@ pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
         return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
     }
-    let WeightStorage::Packed(matrix) = weight.storage() else {
+    if let WeightStorage::Dense(_) = weight.storage() {
         return reference::embedding(ids, weight, dtype);
-    };
+    }
     let rows = fill((ids.len(), weight.cols()), |y| {
         for (id, out) in ids.iter().zip(y.chunks_exact_mut(weight.cols())) {
-            matrix.read_row(*id as usize, out);
+            match weight.storage() {
+                WeightStorage::Packed(matrix) => matrix.read_row(*id as usize, out),
+                WeightStorage::Quantized(matrix) => matrix.read_row(*id as usize, out),
+                WeightStorage::Dense(_) => unreachable!("read above"),
+            }
         }
         Ok(())
     })?;

@@ -15,7 +15,9 @@ pub use encoder::{activate, layer_norm, self_attention};
 fn dense<'a>(op: &'static str, weight: &'a Weight) -> Result<&'a Tensor> {
     match weight.storage() {
         Storage::Dense(w) => Ok(w),
-        Storage::Packed(_) => Err(argument(op, "the reference reads portable weights only")),
+        Storage::Packed(_) | Storage::Quantized(_) => {
+            Err(argument(op, "the reference reads portable weights only"))
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::cpu::PackedMatrix;
+use crate::cpu::{PackedMatrix, QuantMatrix};
 use crate::error::{Result, argument};
 
 /// A matrix `[out_features, in_features]` that [`crate::ops::linear`] and [`crate::ops::embedding`] read.
@@ -21,14 +21,90 @@ pub struct Weight {
 /// How weights are rounded when they are loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quantization {
-    /// Signed bytes, symmetric, one f32 scale an output feature. Activations stay f32.
+    /// Bytes, symmetric, with an f16 scale for each 32 elements of a row: 8.5 bits an element. Activations are rounded
+    /// likewise while they are multiplied.
     Int8,
+    /// Half bytes, symmetric, with an f16 scale for each 32 elements of a row: 4.5 bits an element. Activations as with
+    /// `Int8`.
+    Int4,
+}
+
+impl Quantization {
+    /// Name as the command line spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+
+    /// Bytes that `elements` elements take, scales included.
+    #[must_use]
+    pub fn num_bytes(self, elements: usize) -> usize {
+        let bits = match self {
+            Self::Int8 => 17,
+            Self::Int4 => 9,
+        };
+        elements.div_ceil(16).saturating_mul(bits)
+    }
+}
+
+/// Block types of GGUF files that are computed with as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockType {
+    /// 32 signed bytes and an f16 scale.
+    Q8_0,
+    /// 32 half bytes, zero at 8, and an f16 scale.
+    Q4_0,
+    /// 32 half bytes, an f16 scale and an f16 minimum.
+    Q4_1,
+}
+
+impl BlockType {
+    /// Elements of a row in one block.
+    pub const BLOCK_SIZE: usize = 32;
+
+    /// Bytes of one block.
+    #[must_use]
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Self::Q8_0 => 34,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+        }
+    }
+
+    /// Name as GGUF tools spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+        }
+    }
+}
+
+/// A matrix `[rows, cols]` as a GGUF file stores it: row after row in blocks of [`BlockType::BLOCK_SIZE`] columns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QuantizedBlocks {
+    /// Of all blocks.
+    pub block_type: BlockType,
+    /// Output features.
+    pub rows: usize,
+    /// Input features, a multiple of the block size.
+    pub cols: usize,
+    /// `rows * cols / 32` blocks.
+    pub bytes: Vec<u8>,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) enum Storage {
     /// In the layout of the CPU kernels.
     Packed(Arc<PackedMatrix>),
+    /// Codes in the layout of the CPU kernels.
+    Quantized(Arc<QuantMatrix>),
     /// Row-major, on any device.
     Dense(Tensor),
 }
@@ -59,9 +135,34 @@ impl Weight {
         }
         let (rows, cols) = check_parts(parts)?;
         let matrix = match quantization {
-            Quantization::Int8 => PackedMatrix::quantize(parts)?,
+            Quantization::Int8 => QuantMatrix::int8(parts)?,
+            Quantization::Int4 => QuantMatrix::int4(parts)?,
         };
-        Ok(Self { rows, cols, storage: Storage::Packed(Arc::new(matrix)) })
+        Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
+    }
+
+    /// Stacks matrices of GGUF blocks along their rows, codes and scales unchanged (on the CPU only).
+    ///
+    /// # Errors
+    /// If the parts differ in type or columns, a size does not fit its bytes, or `device` is not the CPU.
+    pub fn from_blocks(parts: &[QuantizedBlocks], device: &Device) -> Result<Self> {
+        let wrong = |what: String| Err(argument("Weight::from_blocks", what));
+        if !device.is_cpu() {
+            return wrong("quantised weights are for the CPU only".into());
+        }
+        let Some(cols) = parts.first().map(|part| part.cols) else { return wrong("no parts".into()) };
+        for part in parts {
+            let QuantizedBlocks { block_type, rows, cols: part_cols, bytes } = part;
+            let blocks = rows.checked_mul(cols / BlockType::BLOCK_SIZE);
+            let expected = blocks.and_then(|blocks| blocks.checked_mul(block_type.block_bytes()));
+            let whole = cols > 0 && cols.is_multiple_of(BlockType::BLOCK_SIZE) && *rows > 0;
+            if *part_cols != cols || !whole || expected != Some(bytes.len()) {
+                return wrong(format!("[{rows}, {part_cols}] in {} bytes of {block_type:?}", bytes.len()));
+            }
+        }
+        let matrix = QuantMatrix::from_blocks(parts)?;
+        let rows = parts.iter().map(|part| part.rows).sum();
+        Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
     }
 
     /// As [`Weight::stack`], row-major, which only the reference operations read.
@@ -100,6 +201,7 @@ impl Weight {
     pub fn num_bytes(&self) -> usize {
         match &self.storage {
             Storage::Packed(matrix) => matrix.num_bytes(),
+            Storage::Quantized(matrix) => matrix.num_bytes(),
             Storage::Dense(t) => t.elem_count() * t.dtype().size_in_bytes(),
         }
     }

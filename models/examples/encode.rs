@@ -1,7 +1,7 @@
 //! Runs an encoder on token ids, for scripts that compare it with other implementations:
 //!
 //! ```text
-//! cargo run --release -p ingle-models --example encode -- FOLDER f32|bf16|f16|int8 < batches.jsonl
+//! cargo run --release -p ingle-models --example encode -- FOLDER f32|bf16|f16|int8|int4 < batches.jsonl
 //! ```
 //!
 //! A line in is `{"input_ids": [[..], ..], "token_type_ids": [[..], ..], "repeat": 1}` (types may be left out: zeros); a
@@ -21,14 +21,15 @@ type Failure = Box<dyn std::error::Error>;
 fn main() -> Result<(), Failure> {
     let mut args = std::env::args().skip(1);
     let (Some(folder), Some(kind), None) = (args.next(), args.next(), args.next()) else {
-        return Err("usage: encode FOLDER f32|bf16|f16|int8 < batches.jsonl".into());
+        return Err("usage: encode FOLDER f32|bf16|f16|int8|int4 < batches.jsonl".into());
     };
     let (dtype, quantization) = match kind.as_str() {
         "f32" => (DType::F32, None),
         "bf16" => (DType::BF16, None),
         "f16" => (DType::F16, None),
         "int8" => (DType::BF16, Some(Quantization::Int8)),
-        other => return Err(format!("{other:?} is none of f32, bf16, f16, int8").into()),
+        "int4" => (DType::BF16, Some(Quantization::Int4)),
+        other => return Err(format!("{other:?} is none of f32, bf16, f16, int8, int4").into()),
     };
     let options = EncoderOptions { dtype: Some(dtype), quantization, ..EncoderOptions::default() };
     let mut model = load_encoder(&PathBuf::from(folder), options)?;

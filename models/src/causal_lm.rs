@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::Quantization;
+use ingle_kernels::{KvDtype, Quantization};
 
 use crate::{Batch, KvCache, Result};
 
@@ -30,12 +30,13 @@ pub trait CausalLm: Send {
 /// How to load a model.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own.
+    /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own, GGUF blocks of type Q8_0, Q4_0
+    /// and Q4_1 included (other blocks become int8).
     pub dtype: Option<DType>,
     /// How matrices are rounded while they are loaded; `None`: not at all.
     pub quantization: Option<Quantization>,
     /// Type of cached keys and values; `None`: that of the weights.
-    pub kv_cache_dtype: Option<DType>,
+    pub kv_cache_dtype: Option<KvDtype>,
     /// Where the model lives.
     pub device: Device,
     /// Longest sequence the model will be run with; `None`: what its config says. Longrope models (Phi-3) rotate
@@ -105,6 +106,10 @@ pub struct ModelInfo {
     pub dtype: DType,
     /// How matrices were rounded.
     pub quantization: Option<Quantization>,
+    /// What matrices are made of in memory, for people: `bf16`, `int8`, `Q4_1, int8 (from Q6_K)`.
+    pub weight_format: String,
+    /// How keys and values are cached.
+    pub kv_dtype: KvDtype,
     /// Bytes of weights in device memory.
     pub weight_bytes: usize,
     /// Bytes of one token's keys and values over all layers.

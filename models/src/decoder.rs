@@ -1,7 +1,9 @@
 //! The one decoder: every family is this forward pass under another [`DecoderConfig`].
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{AttnParams, KvLayer, PagedMeta, Quantization, RopeTables, SelfAttnParams, Weight, ops};
+use ingle_kernels::{
+    AttnParams, KvDtype, KvLayer, PagedMeta, Quantization, RopeTables, SelfAttnParams, Weight, ops,
+};
 
 use crate::causal_lm::{CausalLm, ModelInfo};
 use crate::config::{DecoderConfig, QkNorm};
@@ -26,7 +28,7 @@ pub(crate) struct Decoder {
     ropes: Vec<Rope>,
     /// Of the activations.
     dtype: DType,
-    kv_dtype: DType,
+    kv_dtype: KvDtype,
     device: Device,
     info: ModelInfo,
 }
@@ -62,20 +64,24 @@ pub(crate) struct Placement {
     /// Of the weights, unless they are quantised.
     pub(crate) dtype: DType,
     pub(crate) quantization: Option<Quantization>,
+    /// Blocks of a quantised checkpoint stay as they are where there is a kernel for them.
+    pub(crate) keep_blocks: bool,
     /// Of the activations.
     pub(crate) activation_dtype: DType,
-    pub(crate) kv_dtype: DType,
+    pub(crate) kv_dtype: KvDtype,
     pub(crate) device: Device,
     /// Longest sequence that will be run.
     pub(crate) max_len: usize,
 }
 
 impl Placement {
-    /// Bytes that one element of a matrix takes.
-    pub(crate) fn bytes_per_weight(&self) -> usize {
-        match self.quantization {
-            Some(Quantization::Int8) => 1,
-            None => self.dtype.size_in_bytes(),
+    /// Bytes that `elements` elements of matrices take at most.
+    pub(crate) fn num_bytes(&self, elements: usize) -> usize {
+        match (self.quantization, self.keep_blocks) {
+            (Some(quantization), _) => quantization.num_bytes(elements),
+            // No type that is kept is larger than bytes with their scales, which the others become.
+            (None, true) => Quantization::Int8.num_bytes(elements),
+            (None, false) => elements.saturating_mul(self.dtype.size_in_bytes()),
         }
     }
 }
@@ -99,6 +105,7 @@ impl Decoder {
             None => embedding.clone(),
         };
         info.weight_bytes = loader.weight_bytes();
+        info.weight_format = loader.weight_format();
         let embedding_scale = if config.round_embedding_scale {
             rounded(config.embedding_scale, placement.dtype)
         } else {

@@ -1,7 +1,7 @@
 //! The paged key/value cache: bytes here, block ids in the engine.
 
-use candle_core::{DType, Device};
-use ingle_kernels::KvLayer;
+use candle_core::Device;
+use ingle_kernels::{KvDtype, KvLayer};
 
 use crate::error::{Error, Result};
 
@@ -23,7 +23,7 @@ impl KvCache {
         num_kv_heads: usize,
         head_dim: usize,
         (num_blocks, block_size): (usize, usize),
-        dtype: DType,
+        dtype: KvDtype,
         device: &Device,
     ) -> Result<Self> {
         let num_slots = num_blocks.checked_mul(block_size);

@@ -32,7 +32,9 @@ pub use causal_lm::{CausalLm, LoadOptions, LoadProgress, ModelInfo, Progress};
 pub use convert::{ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, convert};
 pub use error::{Error, Result};
 pub use gguf::{GgufText, text_files as gguf_text_files};
-pub use ingle_kernels::{Isa, PagedMeta, Quantization, isa, num_threads, set_num_threads};
+pub use ingle_kernels::{
+    BlockType, Isa, KvDtype, PagedMeta, Quantization, QuantizedBlocks, isa, num_threads, set_num_threads,
+};
 pub use kv_cache::KvCache;
 pub use load::load_causal_lm;
-pub use source::TensorSource;
+pub use source::{BlockFormat, TensorSource};

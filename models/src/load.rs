@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use candle_core::DType;
+use ingle_kernels::{KvDtype, Quantization};
 use serde_json::{Map, Value};
 
 use crate::causal_lm::{CausalLm, LoadOptions, ModelInfo};
@@ -83,6 +84,8 @@ fn load_parts<S: TensorSource>(
         bos_token_id: bos_token_id(&json, &generation)?,
         dtype: placement.dtype,
         quantization: placement.quantization,
+        weight_format: String::new(),
+        kv_dtype: placement.kv_dtype,
         weight_bytes: 0,
         kv_bytes_per_token: kv_bytes_per_token(&config, placement.kv_dtype),
     };
@@ -104,23 +107,27 @@ fn placement(
     options: &LoadOptions,
 ) -> Result<Placement> {
     let float = |dtype| matches!(dtype, DType::F32 | DType::BF16 | DType::F16);
-    if let Some(dtype) = options.dtype.into_iter().chain(options.kv_cache_dtype).find(|dtype| !float(*dtype))
-    {
+    if let Some(dtype) = options.dtype.filter(|dtype| !float(*dtype)) {
         return Err(invalid(
             source.path(),
             format!("cannot be held as {}; F32, BF16 and F16 can", dtype.as_str()),
         ));
     }
+    let quantised = source.block_format(&spec.embedding.name).is_some();
     let dtype = match (options.dtype, source.dtype(&spec.embedding.name)?) {
-        (Some(dtype), _) | (None, Some(dtype)) => dtype,
+        (Some(dtype), _) => dtype,
+        // Of what is not quantised, and of the cache.
+        (None, _) if quantised => DType::BF16,
+        (None, Some(dtype)) => dtype,
         (None, None) => configured_dtype(json)?,
     };
     let activation_dtype = if options.device.is_cpu() { DType::F32 } else { dtype };
     Ok(Placement {
         quantization: options.quantization,
+        keep_blocks: options.dtype.is_none() && options.quantization.is_none() && options.device.is_cpu(),
         dtype,
         activation_dtype,
-        kv_dtype: options.kv_cache_dtype.unwrap_or(dtype),
+        kv_dtype: options.kv_cache_dtype.or(KvDtype::of(dtype)).unwrap_or(KvDtype::F32),
         device: options.device.clone(),
         max_len: options.max_model_len.unwrap_or(config.max_position_embeddings),
     })
@@ -154,8 +161,8 @@ fn bos_token_id(json: &ConfigJson<'_>, generation: &ConfigJson<'_>) -> Result<Op
 }
 
 /// Keys and values of all layers. The config's limits keep the product far from overflow.
-fn kv_bytes_per_token(config: &DecoderConfig, dtype: DType) -> usize {
-    2 * config.layers.len() * config.num_kv_heads * config.head_dim * dtype.size_in_bytes()
+fn kv_bytes_per_token(config: &DecoderConfig, dtype: KvDtype) -> usize {
+    2 * config.layers.len() * config.num_kv_heads * dtype.head_bytes(config.head_dim)
 }
 
 /// Refuses a model that the machine cannot hold. Only the CPU's memory is asked; a GPU says so itself when it is full.
@@ -166,11 +173,11 @@ pub(crate) fn check_memory(
     available: Option<u64>,
 ) -> Result<()> {
     let Some(available) = available.filter(|_| placement.device.is_cpu()) else { return Ok(()) };
-    let needed = num_parameters.saturating_mul(placement.bytes_per_weight()) as u64;
+    let needed = placement.num_bytes(num_parameters) as u64;
     if needed <= available {
         return Ok(());
     }
-    let dtype = placement.dtype.as_str();
+    let dtype = placement.quantization.map_or(placement.dtype.as_str(), Quantization::name);
     Err(invalid(
         source.path(),
         format!("needs {needed} bytes for its weights as {dtype}; {available} bytes of memory are available"),
@@ -194,11 +201,13 @@ fn parse_meminfo(text: &str) -> Option<u64> {
 mod tests {
     use std::path::Path;
 
+    use candle_core::quantized::GgmlDType;
     use candle_core::{DType, Device};
+    use ingle_kernels::KvDtype;
 
     use super::{LoadOptions, Placement, check_memory, load_causal_lm, parse_meminfo};
     use crate::convert::{ConvertDtype, ConvertOptions, convert};
-    use crate::gguf::writer::tiny;
+    use crate::gguf::writer::{tiny, tiny_quantised};
     use crate::weights::FolderSource;
     use crate::{Batch, CausalLm};
 
@@ -210,7 +219,8 @@ mod tests {
             quantization: None,
             dtype: DType::BF16,
             activation_dtype: DType::F32,
-            kv_dtype: DType::F32,
+            keep_blocks: false,
+            kv_dtype: KvDtype::F32,
             device: Device::Cpu,
             max_len: 16,
         };
@@ -262,6 +272,41 @@ mod tests {
             assert!(rows.iter().flatten().all(|x| x.is_finite()));
             assert_ne!(rows[0], rows[2], "{architecture}");
             assert_eq!(rows, logits(&*from_folder), "{architecture}");
+        }
+    }
+
+    #[test]
+    fn blocks_of_a_gguf_file_are_computed_as_they_are_stored() {
+        let files: [(&str, fn(&str) -> GgmlDType, &str, f32); 4] = [
+            ("llama", |_| GgmlDType::Q8_0, "Q8_0", 0.02),
+            ("llama", |_| GgmlDType::Q4_1, "Q4_1", 0.02),
+            ("qwen2", |_| GgmlDType::Q4_0, "Q4_0", 0.02),
+            // What has no kernel becomes int8, which adds its own small rounding.
+            (
+                "qwen3",
+                |name| if name.contains("ffn_down") { GgmlDType::Q5_0 } else { GgmlDType::Q4_0 },
+                "Q4_0, int8 (from Q5_0)",
+                0.04,
+            ),
+        ];
+        for (architecture, dtype_of, format, tolerance) in files {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let path = tiny_quantised(architecture, dtype_of).write_to(dir.path());
+            let kept = load_causal_lm(&path, &LoadOptions::default()).expect("loads");
+            assert_eq!(kept.info().weight_format, format);
+            let options = LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() };
+            let plain = load_causal_lm(&path, &options).expect("loads");
+            assert_eq!(plain.info().weight_format, "f32");
+            assert!(kept.info().weight_bytes * 3 < plain.info().weight_bytes, "{format}");
+            let (kept, plain) = (logits(&*kept), logits(&*plain));
+            let largest = plain.iter().flatten().fold(0.0_f32, |max, x| max.max(x.abs()));
+            for (kept, plain) in kept.iter().flatten().zip(plain.iter().flatten()) {
+                // Only activations are rounded, to 127 steps a group.
+                assert!(
+                    (kept - plain).abs() < tolerance * largest,
+                    "{architecture} {format}: {kept}, {plain}"
+                );
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Reads the tensors of a layout one at a time and lays them out for the device.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Tensor};
 use ingle_kernels::{Quantization, Weight};
 
@@ -8,7 +10,7 @@ use crate::decoder::Placement;
 use crate::error::Result;
 use crate::layout::{LinearSpec, TensorSpec};
 use crate::linear::Linear;
-use crate::source::TensorSource;
+use crate::source::{BlockFormat, TensorSource};
 
 /// Loads specs that [`crate::layout::ModelSpec::check`] has passed. At most one layout unit (the parts of one stacked
 /// matrix) is in memory twice.
@@ -17,6 +19,7 @@ pub(crate) struct Loader<'a> {
     /// Type that matrices are stored in, unless they are quantised.
     dtype: DType,
     quantization: Option<Quantization>,
+    keep_blocks: bool,
     /// Type that activations, and so biases, have.
     activation_dtype: DType,
     device: &'a Device,
@@ -24,6 +27,8 @@ pub(crate) struct Loader<'a> {
     progress: Option<&'a ProgressFn>,
     state: LoadProgress,
     weight_bytes: usize,
+    /// What matrices became, with their number of elements.
+    formats: BTreeMap<String, usize>,
 }
 
 impl<'a> Loader<'a> {
@@ -44,12 +49,14 @@ impl<'a> Loader<'a> {
             source,
             dtype: placement.dtype,
             quantization: placement.quantization,
+            keep_blocks: placement.keep_blocks,
             activation_dtype: placement.activation_dtype,
             device: &placement.device,
             unit_offset_norms,
             progress,
             state,
             weight_bytes: 0,
+            formats: BTreeMap::new(),
         }
     }
 
@@ -58,25 +65,73 @@ impl<'a> Loader<'a> {
         self.weight_bytes
     }
 
+    /// What the matrices loaded so far are made of, the largest share first.
+    pub(crate) fn weight_format(&self) -> String {
+        let mut formats: Vec<_> = self.formats.iter().collect();
+        formats.sort_by_key(|(_, elements)| std::cmp::Reverse(**elements));
+        let names: Vec<_> = formats.into_iter().map(|(name, _)| name.as_str()).collect();
+        names.join(", ")
+    }
+
     /// One tensor in CPU memory.
     pub(crate) fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor> {
         let tensor = self.source.load(&spec.name)?;
+        self.loaded(tensor.elem_count());
+        Ok(tensor)
+    }
+
+    fn loaded(&mut self, elements: usize) {
         self.state.tensors_loaded += 1;
-        self.state.parameters_loaded += tensor.elem_count();
+        self.state.parameters_loaded += elements;
         if let Some(progress) = self.progress {
             progress(self.state);
         }
-        Ok(tensor)
     }
 
     /// Matrices stacked along their rows.
     pub(crate) fn stack(&mut self, parts: &[Tensor]) -> Result<Weight> {
-        let weight = match self.quantization {
-            Some(quantization) => Weight::quantized(parts, quantization, self.device)?,
-            None => Weight::stack(parts, self.dtype, self.device)?,
+        let (weight, format) = match self.quantization {
+            Some(quantization) => {
+                (Weight::quantized(parts, quantization, self.device)?, quantization.name().to_owned())
+            }
+            None => (Weight::stack(parts, self.dtype, self.device)?, self.dtype.as_str().to_owned()),
         };
+        Ok(self.counted(weight, format))
+    }
+
+    fn counted(&mut self, weight: Weight, format: String) -> Weight {
         self.weight_bytes += weight.num_bytes();
-        Ok(weight)
+        *self.formats.entry(format).or_default() += weight.rows() * weight.cols();
+        weight
+    }
+
+    /// The named matrices, stacked along their rows.
+    fn named(&mut self, specs: &[TensorSpec]) -> Result<Weight> {
+        let formats = specs.iter().map(|spec| self.source.block_format(&spec.name));
+        let formats = formats.collect::<Option<Vec<_>>>().filter(|_| self.keep_blocks);
+        match formats.as_deref() {
+            Some([first @ BlockFormat::Kernel(block_type), rest @ ..]) if rest.iter().all(|f| f == first) => {
+                let mut parts = Vec::with_capacity(specs.len());
+                for spec in specs {
+                    let blocks = self.source.load_blocks(&spec.name)?;
+                    self.loaded(blocks.rows.saturating_mul(blocks.cols));
+                    parts.push(blocks);
+                }
+                let weight = Weight::from_blocks(&parts, self.device)?;
+                Ok(self.counted(weight, block_type.name().to_owned()))
+            }
+            Some(formats) => {
+                let parts = specs.iter().map(|spec| self.tensor(spec)).collect::<Result<Vec<_>>>()?;
+                let mut names: Vec<_> = formats.iter().map(BlockFormat::name).collect();
+                names.dedup();
+                let weight = Weight::quantized(&parts, Quantization::Int8, self.device)?;
+                Ok(self.counted(weight, format!("int8 (from {})", names.join(" and "))))
+            }
+            None => {
+                let parts = specs.iter().map(|spec| self.tensor(spec)).collect::<Result<Vec<_>>>()?;
+                self.stack(&parts)
+            }
+        }
     }
 
     /// Norm weights are stored minus one.
@@ -93,13 +148,11 @@ impl<'a> Loader<'a> {
     }
 
     pub(crate) fn matrix(&mut self, spec: &TensorSpec) -> Result<Weight> {
-        let matrix = self.tensor(spec)?;
-        self.stack(&[matrix])
+        self.named(std::slice::from_ref(spec))
     }
 
     pub(crate) fn linear(&mut self, spec: &LinearSpec) -> Result<Linear> {
-        let parts = spec.weights.iter().map(|spec| self.tensor(spec)).collect::<Result<Vec<_>>>()?;
-        let weight = self.stack(&parts)?;
+        let weight = self.named(&spec.weights)?;
         let biases = spec.biases.iter().map(|spec| self.tensor(spec)).collect::<Result<Vec<_>>>()?;
         let bias = match biases.as_slice() {
             [] => None,
@@ -110,9 +163,9 @@ impl<'a> Loader<'a> {
 
     /// As [`Loader::linear`], but never quantised.
     pub(crate) fn exact_linear(&mut self, spec: &LinearSpec) -> Result<Linear> {
-        let quantization = self.quantization.take();
+        let rounding = (self.quantization.take(), std::mem::take(&mut self.keep_blocks));
         let linear = self.linear(spec);
-        self.quantization = quantization;
+        (self.quantization, self.keep_blocks) = rounding;
         linear
     }
 

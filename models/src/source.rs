@@ -3,8 +3,30 @@
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
+use ingle_kernels::{BlockType, QuantizedBlocks};
 
 use crate::Result;
+use crate::error::invalid;
+
+/// A type of blocks in a quantised checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BlockFormat {
+    /// One that there is a kernel for.
+    Kernel(BlockType),
+    /// Another; its name.
+    Other(String),
+}
+
+impl BlockFormat {
+    /// Name as GGUF tools spell it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Kernel(block_type) => block_type.name(),
+            Self::Other(name) => name,
+        }
+    }
+}
 
 /// A checkpoint: named tensors in one or several files. Names and orientation are those of transformers
 /// (`model.layers.0.self_attn.q_proj.weight`, `[out_features, in_features]`), whatever the file calls them.
@@ -31,6 +53,20 @@ pub trait TensorSource {
     fn dtype(&self, name: &str) -> Result<Option<DType>> {
         let _ = name;
         Ok(None)
+    }
+
+    /// How a quantised tensor is stored; `None` for plain numbers.
+    fn block_format(&self, name: &str) -> Option<BlockFormat> {
+        let _ = name;
+        None
+    }
+
+    /// Reads the blocks of a tensor whose format is [`BlockFormat::Kernel`].
+    ///
+    /// # Errors
+    /// As [`TensorSource::load`]; if it has another format.
+    fn load_blocks(&self, name: &str) -> Result<QuantizedBlocks> {
+        Err(invalid(self.path(), format!("tensor {name} has no blocks")))
     }
 
     /// Reads one tensor to CPU memory in its stored type; quantised ones dequantised.

@@ -19,8 +19,10 @@ fn facts_are_true() {
     let layer = 48 * (48 + 24 + 24 + 48) + 3 * 48 * 80 + 2 * 48;
     assert_eq!(info.num_parameters, 320 * 48 + 2 * layer + 48);
     assert_eq!(info.dtype, DType::BF16);
-    // Matrices as bf16, the five norms as f32; the tied head takes nothing.
-    assert_eq!(info.weight_bytes, 2 * info.num_parameters + 2 * 5 * 48);
+    // Matrices as bf16, their rows padded to whole tiles of 32 columns (48 to 64, 80 to 96), the five norms as f32; the
+    // tied head takes nothing.
+    let padded_layer = (48 + 24 + 24 + 48) * 64 + 2 * 80 * 64 + 48 * 96;
+    assert_eq!(info.weight_bytes, 2 * (320 * 64 + 2 * padded_layer) + 4 * 5 * 48);
     // Keys and values of two layers, two heads of width 12, in the type of the weights.
     assert_eq!(info.kv_bytes_per_token, 2 * 2 * 2 * 12 * 2);
 }
@@ -56,7 +58,7 @@ fn bf16_weights_give_the_reference_tokens() {
 
 #[test]
 fn cached_keys_can_be_smaller() {
-    let options = LoadOptions { kv_cache_dtype: Some(DType::BF16), ..LoadOptions::default() };
+    let options = LoadOptions { kv_cache_dtype: Some(ingle_models::KvDtype::Bf16), ..LoadOptions::default() };
     let model = load_causal_lm(&fixture("llama"), &options).expect("a model");
     assert_eq!(model.info().kv_bytes_per_token, 2 * 2 * 2 * 16 * 2);
     for prompt in prompts("llama") {

@@ -64,13 +64,13 @@ pub struct ModelArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded: half the memory of bf16, and nearly twice the speed of a
-    /// single answer (CPU only).
+    /// Round the weights to fewer bits while they are loaded, for less memory and more speed (CPU only). A quantised GGUF
+    /// file needs no flag: Q8_0, Q4_0 and Q4_1 are computed as they are stored.
     #[arg(long, env = "INGLE_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
-    /// Type of cached keys and values; auto: that of the weights.
+    /// Type of cached keys and values; auto: that of the weights (bf16 for quantised ones).
     #[arg(long, env = "INGLE_KV_CACHE_DTYPE", default_value = "auto")]
-    pub kv_cache_dtype: FloatType,
+    pub kv_cache_dtype: KvTypeName,
     /// Where to compute.
     #[arg(long, env = "INGLE_DEVICE", default_value = "auto")]
     pub device: DeviceName,
@@ -248,7 +248,28 @@ pub enum FloatType {
 pub enum QuantizationName {
     /// As they are.
     None,
-    /// Signed bytes with a scale for each row.
+    /// Bytes, a scale for each 32 elements: half the memory of bf16.
+    Int8,
+    /// Half bytes, a scale for each 32 elements: little more than a quarter of the memory of bf16; answers change
+    /// noticeably in small models.
+    Int4,
+}
+
+/// How cached keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvTypeName {
+    /// As the weights; bf16 if they are quantised.
+    Auto,
+    /// 32 bits.
+    #[value(alias = "float32", alias = "float")]
+    F32,
+    /// 16 bits, the exponent of f32.
+    #[value(alias = "bfloat16")]
+    Bf16,
+    /// 16 bits, IEEE.
+    #[value(alias = "float16", alias = "half")]
+    F16,
+    /// Bytes with a scale for each token and head: half the memory of bf16 (CPU only).
     Int8,
 }
 

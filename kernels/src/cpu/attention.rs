@@ -74,9 +74,12 @@ unsafe fn run<S: Simd>(job: &Job<'_>, piece: Piece) {
     // SAFETY: the element type matches the buffers; the rest is the contract of `attend`.
     unsafe {
         match &job.store.data {
-            KvData::F32 { k, v } => attend::<S, F32>(job, piece, k, v),
-            KvData::Bf16 { k, v } => attend::<S, Bf16>(job, piece, k, v),
-            KvData::F16 { k, v } => attend::<S, F16>(job, piece, k, v),
+            KvData::F32 { k, v } => attend::<S, F32>(job, piece, (k, v), None),
+            KvData::Bf16 { k, v } => attend::<S, Bf16>(job, piece, (k, v), None),
+            KvData::F16 { k, v } => attend::<S, F16>(job, piece, (k, v), None),
+            KvData::Int8 { k, v, k_scales, v_scales } => {
+                attend::<S, Int8>(job, piece, (k, v), Some((k_scales, v_scales)));
+            }
         }
     }
 }
@@ -93,6 +96,17 @@ trait Element {
 struct F32;
 struct Bf16;
 struct F16;
+struct Int8;
+
+impl Element for Int8 {
+    type Raw = i8;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const i8) -> S::V {
+        // SAFETY: given by the caller.
+        unsafe { S::load_i8(p) }
+    }
+}
 
 impl Element for F32 {
     type Raw = f32;
@@ -125,9 +139,15 @@ impl Element for F16 {
 }
 
 /// # Safety
-/// `k`, `v` are the buffers of `job.store`; the rows of `piece` are nobody else's; the instruction set of `S`.
+/// `k`, `v` and their scales are the buffers of `job.store`; the rows of `piece` are nobody else's; the instruction set
+/// of `S`.
 #[inline(always)]
-unsafe fn attend<S: Simd, E: Element>(job: &Job<'_>, piece: Piece, k: &[E::Raw], v: &[E::Raw]) {
+unsafe fn attend<S: Simd, E: Element>(
+    job: &Job<'_>,
+    piece: Piece,
+    (k, v): (&[E::Raw], &[E::Raw]),
+    scales: Option<(&[f32], &[f32])>,
+) {
     let Job { q, store, meta, params, group, y } = *job;
     let (dim, padded) = (store.head_dim, store.padded_dim);
     let num_tokens = piece.end - piece.first;
@@ -149,12 +169,20 @@ unsafe fn attend<S: Simd, E: Element>(job: &Job<'_>, piece: Piece, k: &[E::Raw],
     let mut row_max = vec![f32::NEG_INFINITY; num_rows];
     let mut row_sum = vec![0.0_f32; num_rows];
     let mut gathered = Gathered::<E::Raw>::default();
+    let (mut key_scales, mut value_scales) = ([0.0_f32; CHUNK], [0.0_f32; CHUNK]);
 
     for chunk in first_seen / CHUNK..=last_position / CHUNK {
         let start = chunk * CHUNK;
         let num_keys = CHUNK.min(last_position + 1 - start);
         let tiles = gathered.tiles(job, piece, (start, num_keys), k, v);
         let num_tiles = num_keys.div_ceil(LANES);
+        if let Some((k_scales, v_scales)) = scales {
+            for key in 0..num_keys {
+                let slot = meta.slot(piece.seq, start + key);
+                let at = ((slot / LANES) * store.num_kv_heads + piece.kv_head) * LANES + slot % LANES;
+                (key_scales[key], value_scales[key]) = (k_scales[at], v_scales[at]);
+            }
+        }
         // SAFETY: `queries`, `sums`, `scores` have these sizes; each tile points to dim * 16 keys and 16 * padded
         // values.
         unsafe {
@@ -177,7 +205,13 @@ unsafe fn attend<S: Simd, E: Element>(job: &Job<'_>, piece: Piece, k: &[E::Raw],
                 let seen = from.saturating_sub(start)..(at + 1).saturating_sub(start).min(num_keys);
                 let scores = &mut scores[row * CHUNK..][..CHUNK];
                 let sums = &mut sums[row * padded..][..padded];
+                if scales.is_some() {
+                    multiply::<S>(scores, &key_scales);
+                }
                 soften::<S>(scores, seen, params, &mut row_max[row], &mut row_sum[row], sums);
+                if scales.is_some() {
+                    multiply::<S>(scores, &value_scales);
+                }
             }
             let mut row = 0;
             while row < num_rows {
@@ -323,6 +357,19 @@ unsafe fn score<S: Simd, E: Element, const M: usize>(
                     S::store(scores.as_mut_ptr().add(m * CHUNK + t * LANES), sums[m]);
                 }
             }
+        }
+    }
+}
+
+/// `scores[key] *= scales[key]`
+#[inline(always)]
+unsafe fn multiply<S: Simd>(scores: &mut [f32], scales: &[f32; CHUNK]) {
+    let scores = &mut scores[..CHUNK];
+    for i in (0..CHUNK).step_by(LANES) {
+        // SAFETY: both are CHUNK long; the instruction set is given.
+        unsafe {
+            let p = scores.as_mut_ptr().add(i);
+            S::store(p, S::mul(S::load(p), S::load(scales.as_ptr().add(i))));
         }
     }
 }

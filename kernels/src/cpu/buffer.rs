@@ -35,6 +35,8 @@ pub(crate) unsafe trait Zeroable: Copy {}
 // SAFETY: zero bytes are zero.
 unsafe impl Zeroable for f32 {}
 // SAFETY: zero bytes are zero.
+unsafe impl Zeroable for u8 {}
+// SAFETY: zero bytes are zero.
 unsafe impl Zeroable for i8 {}
 // SAFETY: zero bytes are zero.
 unsafe impl Zeroable for u16 {}

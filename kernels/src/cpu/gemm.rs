@@ -5,6 +5,8 @@
 
 use super::matrix::{PackedMatrix, Panels};
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, amx, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 
 /// Rows of a block at most; more would not leave registers for the operands.
@@ -20,16 +22,19 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     if y.is_empty() {
         return;
     }
-    let blocks = Blocks::new(x);
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Amx, Panels::Bf16(data)) = (isa(), &w.panels) {
+        return amx::matmul(x, w, data, bias, y);
+    }
+    let blocks = Blocks::new(x, w.depth);
     // Enough pieces for all threads to end together, each long enough to be worth claiming.
     let num_panels = w.num_panels();
     let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool_threads()).max(1);
     let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP);
     let y_ptr = OutPtr::new(y);
-    let epilogue = Epilogue { scales: w.scales(), bias };
     pool::run(num_panels.div_ceil(per_piece), |piece| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
-        run_piece(&blocks, w, epilogue, y_ptr, panels);
+        run_piece(&blocks, w, bias, y_ptr, panels);
     });
 }
 
@@ -45,13 +50,12 @@ struct Blocks {
     /// `(first row, rows, offset in data)`
     blocks: Vec<(usize, usize, usize)>,
     data: Vec<f32>,
-    /// k, padded to an even number with zeros.
+    /// k, padded with zeros as the weights are.
     depth: usize,
 }
 
 impl Blocks {
-    fn new(x: Rows<'_>) -> Self {
-        let depth = x.width.next_multiple_of(2);
+    fn new(x: Rows<'_>, depth: usize) -> Self {
         let num_blocks = x.num_rows.div_ceil(max_block_rows());
         let mut blocks = Vec::with_capacity(num_blocks);
         let mut first = 0;
@@ -95,13 +99,13 @@ fn max_block_rows() -> usize {
 fn run_piece(
     blocks: &Blocks,
     w: &PackedMatrix,
-    epilogue: Epilogue<'_>,
+    bias: Option<&[f32]>,
     y: OutPtr<f32>,
     panels: std::ops::Range<usize>,
 ) {
     dispatch!(
-        piece(blocks, w, epilogue, y, panels) -> (),
-        [blocks: &Blocks, w: &PackedMatrix, epilogue: Epilogue<'_>, y: OutPtr<f32>, panels: std::ops::Range<usize>]
+        piece(blocks, w, bias, y, panels) -> (),
+        [blocks: &Blocks, w: &PackedMatrix, bias: Option<&[f32]>, y: OutPtr<f32>, panels: std::ops::Range<usize>]
     );
 }
 
@@ -109,26 +113,18 @@ fn run_piece(
 unsafe fn piece<S: Simd>(
     blocks: &Blocks,
     w: &PackedMatrix,
-    epilogue: Epilogue<'_>,
+    bias: Option<&[f32]>,
     y: OutPtr<f32>,
     panels: std::ops::Range<usize>,
 ) {
     // SAFETY: the element type matches the buffer; the rest is the contract of `groups`.
     unsafe {
         match &w.panels {
-            Panels::F32(data) => groups::<S, F32>(blocks, w, data, epilogue, y, panels),
-            Panels::Bf16(data) => groups::<S, Bf16>(blocks, w, data, epilogue, y, panels),
-            Panels::F16(data) => groups::<S, F16>(blocks, w, data, epilogue, y, panels),
-            Panels::Int8 { codes, .. } => groups::<S, Int8>(blocks, w, codes, epilogue, y, panels),
+            Panels::F32(data) => groups::<S, F32>(blocks, w, data, bias, y, panels),
+            Panels::Bf16(data) => groups::<S, Bf16>(blocks, w, data, bias, y, panels),
+            Panels::F16(data) => groups::<S, F16>(blocks, w, data, bias, y, panels),
         }
     }
-}
-
-/// What is done to a sum before it is stored; one entry an output feature.
-#[derive(Clone, Copy)]
-struct Epilogue<'a> {
-    scales: Option<&'a [f32]>,
-    bias: Option<&'a [f32]>,
 }
 
 /// How an element type is read: two columns of sixteen rows at a time.
@@ -143,7 +139,6 @@ trait Element {
 struct F32;
 struct Bf16;
 struct F16;
-struct Int8;
 
 impl Element for F32 {
     type Raw = f32;
@@ -182,16 +177,6 @@ impl Element for F16 {
     }
 }
 
-impl Element for Int8 {
-    type Raw = i8;
-
-    #[inline(always)]
-    unsafe fn load_pair<S: Simd>(p: *const i8) -> (S::V, S::V) {
-        // SAFETY: given by the caller.
-        unsafe { S::load_i8_pair(p) }
-    }
-}
-
 /// # Safety
 /// `data` are the panels of `w`; `y` is `[rows of blocks, w.rows]` and the columns of `panels` are nobody else's; the
 /// instruction set of `S`.
@@ -200,7 +185,7 @@ unsafe fn groups<S: Simd, E: Element>(
     blocks: &Blocks,
     w: &PackedMatrix,
     data: &[E::Raw],
-    epilogue: Epilogue<'_>,
+    bias: Option<&[f32]>,
     y: OutPtr<f32>,
     panels: std::ops::Range<usize>,
 ) {
@@ -213,7 +198,7 @@ unsafe fn groups<S: Simd, E: Element>(
         for &(first, rows, offset) in &blocks.blocks {
             let x = blocks.data[offset..][..rows * depth].as_ptr();
             let weights = data[panel * LANES * depth..][..count * LANES * depth].as_ptr();
-            let tile = Tile { x, weights, depth, first, panel, num_rows: w.rows, epilogue, y };
+            let tile = Tile { x, weights, depth, first, panel, num_rows: w.rows, bias, y };
             // SAFETY: `x` and `weights` were just sliced to their sizes.
             unsafe { tile.run::<S, E>(rows, count) };
         }
@@ -236,7 +221,7 @@ struct Tile<'a, R> {
     first: usize,
     panel: usize,
     num_rows: usize,
-    epilogue: Epilogue<'a>,
+    bias: Option<&'a [f32]>,
     y: OutPtr<f32>,
 }
 
@@ -296,7 +281,7 @@ impl<R: Copy> Tile<'_, R> {
     /// `M` rows by `N` panels, all sums in registers.
     #[inline(always)]
     unsafe fn kernel<S: Simd, E: Element<Raw = R>, const M: usize, const N: usize>(&self) {
-        let Self { x, weights, depth, first, panel, num_rows, epilogue, y } = *self;
+        let Self { x, weights, depth, first, panel, num_rows, bias, y } = *self;
         // SAFETY: `weights` has N panels of 16 * depth elements, `x` M * depth; the stores stay in row `first + m`,
         // columns of these panels.
         unsafe {
@@ -331,10 +316,7 @@ impl<R: Copy> Tile<'_, R> {
                     let width = LANES.min(num_rows - column);
                     if width == LANES {
                         let mut sum = *sum;
-                        if let Some(scales) = epilogue.scales {
-                            sum = S::mul(sum, S::load(scales[column..][..LANES].as_ptr()));
-                        }
-                        if let Some(bias) = epilogue.bias {
+                        if let Some(bias) = bias {
                             sum = S::add(sum, S::load(bias[column..][..LANES].as_ptr()));
                         }
                         S::store(y.slice((first + m) * num_rows + column, LANES).as_mut_ptr(), sum);
@@ -342,12 +324,7 @@ impl<R: Copy> Tile<'_, R> {
                     }
                     // The last panel may have fewer rows than lanes.
                     let mut values = S::to_array(*sum);
-                    if let Some(scales) = epilogue.scales {
-                        for (value, scale) in values.iter_mut().zip(&scales[column..][..width]) {
-                            *value *= scale;
-                        }
-                    }
-                    if let Some(bias) = epilogue.bias {
+                    if let Some(bias) = bias {
                         for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
                             *value += bias;
                         }

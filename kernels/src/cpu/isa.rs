@@ -5,6 +5,12 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// The matrix unit of AMX for bf16 weights (activations are then rounded to bf16, too), all else as `Avx512Vnni`.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     /// AVX-512 F/BW/VL/DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -29,6 +35,12 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq");
+            if avx2 && avx512 && is_x86_feature_detected!("avx512vnni") {
+                if super::amx::is_available() {
+                    sets.push(Self::Amx);
+                }
+                sets.push(Self::Avx512Vnni);
+            }
             if avx2 && avx512 {
                 sets.push(Self::Avx512);
             }
@@ -44,6 +56,10 @@ impl Isa {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]

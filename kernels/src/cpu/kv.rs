@@ -1,10 +1,10 @@
 //! Keys and values of one layer in CPU memory.
 
-use candle_core::DType;
-
 use super::Rows;
 use super::buffer::AlignedBuf;
+use super::quant_gemm::round_to_bytes;
 use super::simd::LANES;
+use crate::KvDtype;
 use crate::error::{Result, argument};
 
 /// Slots in tiles of sixteen, so that one vector holds the same feature of sixteen keys:
@@ -16,6 +16,8 @@ use crate::error::{Result, argument};
 ///
 /// Slot `s` is lane `s % 16` of tile `s / 16`. With a block size that is a multiple of sixteen, sixteen aligned
 /// positions of a sequence are one tile and attention reads it in place; otherwise it gathers.
+///
+/// Bytes have a scale for each slot's key and value of a head: `[tile][kv head][16 slots]`.
 #[derive(Debug)]
 pub(crate) struct KvStore {
     pub(super) num_slots: usize,
@@ -31,10 +33,16 @@ pub(super) enum KvData {
     F32 { k: AlignedBuf<f32>, v: AlignedBuf<f32> },
     Bf16 { k: AlignedBuf<u16>, v: AlignedBuf<u16> },
     F16 { k: AlignedBuf<u16>, v: AlignedBuf<u16> },
+    Int8 { k: AlignedBuf<i8>, v: AlignedBuf<i8>, k_scales: AlignedBuf<f32>, v_scales: AlignedBuf<f32> },
 }
 
 impl KvStore {
-    pub(crate) fn new(num_slots: usize, num_kv_heads: usize, head_dim: usize, dtype: DType) -> Result<Self> {
+    pub(crate) fn new(
+        num_slots: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        dtype: KvDtype,
+    ) -> Result<Self> {
         let padded_dim = head_dim.next_multiple_of(LANES);
         let too_large = || argument("KvLayer::new", format!("{num_slots} slots are too many"));
         let rows = num_slots.next_multiple_of(LANES).checked_mul(num_kv_heads).ok_or_else(too_large)?;
@@ -42,11 +50,14 @@ impl KvStore {
         let v_len = rows.checked_mul(padded_dim).ok_or_else(too_large)?;
         let f32s = |len| AlignedBuf::<f32>::zeroed(len).ok_or_else(too_large);
         let u16s = |len| AlignedBuf::<u16>::zeroed(len).ok_or_else(too_large);
+        let i8s = |len| AlignedBuf::<i8>::zeroed(len).ok_or_else(too_large);
         let data = match dtype {
-            DType::F32 => KvData::F32 { k: f32s(k_len)?, v: f32s(v_len)? },
-            DType::BF16 => KvData::Bf16 { k: u16s(k_len)?, v: u16s(v_len)? },
-            DType::F16 => KvData::F16 { k: u16s(k_len)?, v: u16s(v_len)? },
-            other => return Err(argument("KvLayer::new", format!("{other:?} cache on the CPU"))),
+            KvDtype::F32 => KvData::F32 { k: f32s(k_len)?, v: f32s(v_len)? },
+            KvDtype::Bf16 => KvData::Bf16 { k: u16s(k_len)?, v: u16s(v_len)? },
+            KvDtype::F16 => KvData::F16 { k: u16s(k_len)?, v: u16s(v_len)? },
+            KvDtype::Int8 => {
+                KvData::Int8 { k: i8s(k_len)?, v: i8s(v_len)?, k_scales: f32s(rows)?, v_scales: f32s(rows)? }
+            }
         };
         Ok(Self { num_slots, num_kv_heads, head_dim, padded_dim, data })
     }
@@ -75,6 +86,23 @@ impl KvStore {
                 scatter(k, v, slots, (heads, dim, padded), k_out, v_out, |x| {
                     half::f16::from_f32(x).to_bits()
                 });
+            }
+            KvData::Int8 { k: k_out, v: v_out, k_scales, v_scales } => {
+                let mut codes = vec![0_i8; dim];
+                for (token, slot) in slots.iter().enumerate() {
+                    let (tile, lane) = (*slot as usize / LANES, *slot as usize % LANES);
+                    for head in 0..heads {
+                        let row = tile * heads + head;
+                        k_scales[row * LANES + lane] =
+                            round_to_bytes(&k.row(token)[head * dim..][..dim], &mut codes);
+                        for (d, code) in codes.iter().enumerate() {
+                            k_out[row * dim * LANES + d * LANES + lane] = *code;
+                        }
+                        let v_row = &mut v_out[(row * LANES + lane) * padded..][..dim];
+                        v_scales[row * LANES + lane] =
+                            round_to_bytes(&v.row(token)[head * dim..][..dim], v_row);
+                    }
+                }
             }
         }
     }

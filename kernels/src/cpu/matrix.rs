@@ -14,25 +14,25 @@ use crate::error::{Result, argument};
 /// others:     panel p: for each pair k, k + 1:  w[16p][k], w[16p][k+1], w[16p+1][k], w[16p+1][k+1], ...
 /// ```
 ///
-/// Rows are padded with zeros to a multiple of sixteen, columns to an even number. The pairs are the layout that dot
-/// product and tile instructions want, too. An int8 row is `scale * code`, codes in `-127..=127`.
+/// Rows are padded with zeros to a multiple of sixteen, columns to an even number; those of bf16 to a multiple of 32:
+/// 32 columns of a panel, as they lie, are a tile of a matrix unit.
 #[derive(Debug)]
 pub(crate) struct PackedMatrix {
     pub(super) rows: usize,
     pub(super) cols: usize,
+    /// `cols`, padded.
+    pub(super) depth: usize,
     pub(super) panels: Panels,
 }
+
+/// Columns of a bf16 tile.
+pub(super) const BF16_TILE_COLS: usize = 32;
 
 #[derive(Debug)]
 pub(super) enum Panels {
     F32(AlignedBuf<f32>),
     Bf16(AlignedBuf<u16>),
     F16(AlignedBuf<u16>),
-    Int8 {
-        codes: AlignedBuf<i8>,
-        /// One a row, padded as the rows.
-        scales: AlignedBuf<f32>,
-    },
 }
 
 impl PackedMatrix {
@@ -41,8 +41,8 @@ impl PackedMatrix {
         let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
         let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
         let too_large = || argument("PackedMatrix::pack", format!("[{rows}, {cols}] is too large"));
-        let padded =
-            rows.next_multiple_of(LANES).checked_mul(cols.next_multiple_of(2)).ok_or_else(too_large)?;
+        let depth = cols.next_multiple_of(if dtype == DType::BF16 { BF16_TILE_COLS } else { 2 });
+        let padded = rows.next_multiple_of(LANES).checked_mul(depth).ok_or_else(too_large)?;
         let mut panels = match dtype {
             DType::F32 => Panels::F32(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
             DType::BF16 => Panels::Bf16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
@@ -58,65 +58,25 @@ impl PackedMatrix {
             let count = part.elem_count();
             match (&mut panels, &*storage) {
                 (Panels::F32(out), Storage::Cpu(CpuStorage::F32(w))) => {
-                    pack_rows(&w[start..][..count], cols, first_row, out, 1, |_, x| x);
+                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 1, |x| x);
                 }
                 (Panels::Bf16(out), Storage::Cpu(CpuStorage::BF16(w))) => {
-                    pack_rows(&w[start..][..count], cols, first_row, out, 2, |_, x| x.to_bits());
+                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 2, |x| x.to_bits());
                 }
                 (Panels::F16(out), Storage::Cpu(CpuStorage::F16(w))) => {
-                    pack_rows(&w[start..][..count], cols, first_row, out, 2, |_, x| x.to_bits());
+                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 2, |x| x.to_bits());
                 }
                 _ => return Err(argument("PackedMatrix::pack", "weights are not in CPU memory")),
             }
             first_row += part.dim(0)?;
         }
-        Ok(Self { rows, cols, panels })
-    }
-
-    /// Packs the rows of all `parts` as signed bytes, each row with the scale that its largest element needs.
-    pub(crate) fn quantize(parts: &[Tensor]) -> Result<Self> {
-        let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
-        let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
-        let too_large = || argument("PackedMatrix::quantize", format!("[{rows}, {cols}] is too large"));
-        let padded_rows = rows.next_multiple_of(LANES);
-        let padded = padded_rows.checked_mul(cols.next_multiple_of(2)).ok_or_else(too_large)?;
-        let mut codes = AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages();
-        let mut scales = AlignedBuf::<f32>::zeroed(padded_rows).ok_or_else(too_large)?;
-        let mut first_row = 0;
-        for part in parts {
-            let part = part.to_dtype(DType::F32)?.contiguous()?;
-            let (storage, layout) = part.storage_and_layout();
-            let Storage::Cpu(CpuStorage::F32(w)) = &*storage else {
-                return Err(argument("PackedMatrix::quantize", "weights are not in CPU memory"));
-            };
-            let w = &w[layout.start_offset()..][..part.elem_count()];
-            for (row, scale) in w.chunks_exact(cols).zip(&mut scales[first_row..]) {
-                *scale = row.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
-            }
-            let scales = &scales[first_row..];
-            pack_rows(w, cols, first_row, &mut codes, 2, |row, x| {
-                let scale = scales[row];
-                // A row of zeros has no scale; its codes are zero.
-                if scale > 0.0 { (x / scale).round() as i8 } else { 0 }
-            });
-            first_row += part.dim(0)?;
-        }
-        Ok(Self { rows, cols, panels: Panels::Int8 { codes, scales } })
+        Ok(Self { rows, cols, depth, panels })
     }
 
     pub(crate) fn num_bytes(&self) -> usize {
         match &self.panels {
             Panels::F32(data) => data.len() * 4,
             Panels::Bf16(data) | Panels::F16(data) => data.len() * 2,
-            Panels::Int8 { codes, scales } => codes.len() + scales.len() * 4,
-        }
-    }
-
-    /// The factor of each row's codes, for quantised types.
-    pub(super) fn scales(&self) -> Option<&[f32]> {
-        match &self.panels {
-            Panels::Int8 { scales, .. } => Some(scales),
-            _ => None,
         }
     }
 
@@ -128,7 +88,7 @@ impl PackedMatrix {
     /// Copies row `idx` into `out` (`cols` elements).
     pub(crate) fn read_row(&self, idx: usize, out: &mut Unwritten) {
         let (panel, lane) = (idx / LANES, idx % LANES);
-        let cols = self.cols.next_multiple_of(2);
+        let cols = self.depth;
         let pair = |k: usize| panel * LANES * cols + (k / 2) * 2 * LANES + lane * 2 + k % 2;
         match &self.panels {
             Panels::F32(data) => {
@@ -146,29 +106,23 @@ impl PackedMatrix {
                     out.write(half::f16::from_bits(data[pair(k)]).to_f32());
                 }
             }
-            Panels::Int8 { codes, scales } => {
-                for (k, out) in out.iter_mut().enumerate() {
-                    out.write(f32::from(codes[pair(k)]) * scales[idx]);
-                }
-            }
         }
     }
 }
 
-/// Spreads row-major `w` over the panels from row `first_row` on; `group` columns of a row stay together. `convert` is
-/// given the row's number in `w`, too.
+/// Spreads row-major `w` over the panels from row `first_row` on; `group` columns of a row stay together.
 fn pack_rows<T: Copy + Sync, U: Copy + Send>(
     w: &[T],
-    cols: usize,
+    (cols, padded_cols): (usize, usize),
     first_row: usize,
     out: &mut [U],
     group: usize,
-    convert: impl Fn(usize, T) -> U + Sync,
+    convert: impl Fn(T) -> U + Sync,
 ) {
     if cols == 0 {
         return;
     }
-    let (num_rows, padded_cols) = (w.len() / cols, cols.next_multiple_of(2));
+    let num_rows = w.len() / cols;
     let (first_panel, last_panel) = (first_row / LANES, (first_row + num_rows).div_ceil(LANES));
     let out = OutPtr(out.as_mut_ptr());
     pool::run(last_panel - first_panel, |piece| {
@@ -183,7 +137,7 @@ fn pack_rows<T: Copy + Sync, U: Copy + Send>(
             let source = &w[row * cols..][..cols];
             for (chunk, values) in source.chunks(group).enumerate() {
                 for (i, value) in values.iter().enumerate() {
-                    panel_out[chunk * group * LANES + lane * group + i] = convert(row, *value);
+                    panel_out[chunk * group * LANES + lane * group + i] = convert(*value);
                 }
             }
         }

@@ -11,8 +11,11 @@
 // Loops over registers: iterators would hide that the bounds are constants and the arrays never leave registers.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod buffer;
+mod dot;
 mod elementwise;
 mod gemm;
 mod isa;
@@ -20,6 +23,8 @@ mod kv;
 mod layer_norm;
 mod matrix;
 mod pool;
+mod quant;
+mod quant_gemm;
 mod self_attention;
 mod simd;
 
@@ -31,6 +36,8 @@ pub(crate) use kv::KvStore;
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
 pub use pool::{num_threads, set_num_threads};
+pub(crate) use quant::QuantMatrix;
+pub(crate) use quant_gemm::matmul as quant_matmul;
 pub(crate) use self_attention::{SelfAttention, self_attention};
 
 /// A matrix of f32 rows, `stride` elements apart: an activation, or a slice of one along its last dimension.
@@ -127,7 +134,9 @@ macro_rules! dispatch {
         match $crate::cpu::isa() {
             // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Amx => unsafe {
+                avx512($($arg),*)
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -137,3 +146,43 @@ macro_rules! dispatch {
     }};
 }
 use dispatch;
+
+/// Runs `$func::<S, D>($args)` with the float vectors and byte dot products of the instruction set in use.
+macro_rules! dispatch_dot {
+    ($func:ident ( $($arg:expr),* $(,)? ), [$($name:ident : $ty:ty),* $(,)?]) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma,avx2")]
+        unsafe fn vnni($($name: $ty),*) {
+            // SAFETY: the features of `Avx512` and `VnniDot` are enabled on this function.
+            unsafe { $func::<$crate::cpu::simd::Avx512, $crate::cpu::dot::VnniDot>($($name),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma,avx2")]
+        unsafe fn avx512($($name: $ty),*) {
+            // SAFETY: the features of `Avx512` and `Avx512Dot` are enabled on this function.
+            unsafe { $func::<$crate::cpu::simd::Avx512, $crate::cpu::dot::Avx512Dot>($($name),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn avx2($($name: $ty),*) {
+            // SAFETY: the features of `Avx2` and `Avx2Dot` are enabled on this function.
+            unsafe { $func::<$crate::cpu::simd::Avx2, $crate::cpu::dot::Avx2Dot>($($name),*) }
+        }
+        match $crate::cpu::isa() {
+            // SAFETY: `isa()` returns a set only after detecting its features on this processor.
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Amx => unsafe { vnni($($arg),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: `Portable` and `PortableDot` need no features.
+            $crate::cpu::Isa::Portable => unsafe {
+                $func::<$crate::cpu::simd::Portable, $crate::cpu::dot::PortableDot>($($arg),*)
+            },
+        }
+    }};
+}
+use dispatch_dot;

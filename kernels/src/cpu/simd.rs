@@ -26,10 +26,10 @@ pub(super) trait Simd: Copy {
     unsafe fn load_bf16(p: *const u16) -> Self::V;
     /// Widens sixteen f16.
     unsafe fn load_f16(p: *const u16) -> Self::V;
+    /// Widens sixteen signed bytes.
+    unsafe fn load_i8(p: *const i8) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);
-    /// Widens sixteen pairs of signed bytes: all first halves, all second halves.
-    unsafe fn load_i8_pair(p: *const i8) -> (Self::V, Self::V);
     /// `a * b + c`
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -42,6 +42,8 @@ pub(super) trait Simd: Copy {
     unsafe fn scale_by_power(x: Self::V, n: Self::V) -> Self::V;
     /// To the nearest whole number, ties to even.
     unsafe fn round(x: Self::V) -> Self::V;
+    /// Sixteen whole numbers in `-128..=127`, to the nearest and ties to even.
+    unsafe fn store_i8(p: *mut i8, v: Self::V);
     /// Asks for the line of `p` to be brought into the first-level cache.
     unsafe fn prefetch(p: *const u8);
 
@@ -141,17 +143,16 @@ impl Simd for Portable {
         raw.map(|x| half::f16::from_bits(x).to_f32())
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::V {
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V) {
         // SAFETY: thirty-two elements, given by the caller.
         let raw = unsafe { p.cast::<[u16; 2 * LANES]>().read_unaligned() };
         let wide = |i: usize| f32::from_bits(u32::from(raw[i]) << 16);
         (std::array::from_fn(|i| wide(2 * i)), std::array::from_fn(|i| wide(2 * i + 1)))
-    }
-    #[inline(always)]
-    unsafe fn load_i8_pair(p: *const i8) -> (Self::V, Self::V) {
-        // SAFETY: thirty-two elements, given by the caller.
-        let raw = unsafe { p.cast::<[i8; 2 * LANES]>().read_unaligned() };
-        (std::array::from_fn(|i| f32::from(raw[2 * i])), std::array::from_fn(|i| f32::from(raw[2 * i + 1])))
     }
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -194,6 +195,12 @@ impl Simd for Portable {
     unsafe fn round(x: Self::V) -> Self::V {
         // Adding and subtracting 1.5 * 2^23 leaves no bits for a fraction; callers stay far below that.
         x.map(|x| (x + 12_582_912.0) - 12_582_912.0)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Self::V) {
+        let bytes = v.map(|x| x.round_ties_even() as i8);
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(bytes) }
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
@@ -247,6 +254,10 @@ mod x86 {
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
         }
         #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        }
+        #[inline(always)]
         unsafe fn load_bf16_pair(p: *const u16) -> (__m512, __m512) {
             unsafe {
                 let raw = _mm512_loadu_si512(p.cast());
@@ -255,14 +266,6 @@ mod x86 {
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(raw)),
                     _mm512_castsi512_ps(_mm512_and_si512(raw, high)),
                 )
-            }
-        }
-        #[inline(always)]
-        unsafe fn load_i8_pair(p: *const i8) -> (__m512, __m512) {
-            unsafe {
-                let raw = _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast()));
-                let first = _mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(raw));
-                (_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(raw)))
             }
         }
         #[inline(always)]
@@ -300,6 +303,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn round(x: __m512) -> __m512 {
             unsafe { _mm512_roundscale_ps::<0>(x) }
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, v: __m512) {
+            unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))) }
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {
@@ -358,6 +365,14 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> Two {
+            unsafe {
+                let bytes = _mm_loadu_si128(p.cast());
+                let half = |bytes| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+                (half(bytes), half(_mm_unpackhi_epi64(bytes, bytes)))
+            }
+        }
+        #[inline(always)]
         unsafe fn load_bf16_pair(p: *const u16) -> (Two, Two) {
             unsafe {
                 let (a, b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(16).cast()));
@@ -365,18 +380,6 @@ mod x86 {
                 let first = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x));
                 let second = |x| _mm256_castsi256_ps(_mm256_and_si256(x, high));
                 ((first(a), first(b)), (second(a), second(b)))
-            }
-        }
-        #[inline(always)]
-        unsafe fn load_i8_pair(p: *const i8) -> (Two, Two) {
-            unsafe {
-                let half = |p: *const i8| {
-                    let raw = _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()));
-                    let first = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(raw));
-                    (_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(_mm256_srai_epi32::<16>(raw)))
-                };
-                let ((a, b), (c, d)) = (half(p), half(p.add(16)));
-                ((a, c), (b, d))
             }
         }
         #[inline(always)]
@@ -420,6 +423,16 @@ mod x86 {
         #[inline(always)]
         unsafe fn round(x: Two) -> Two {
             unsafe { (_mm256_round_ps::<8>(x.0), _mm256_round_ps::<8>(x.1)) }
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, v: Two) {
+            unsafe {
+                let words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1));
+                // Packing works within halves of a register: put the quarters back in order.
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+                _mm_storeu_si128(p.cast(), _mm_packs_epi16(low, high));
+            }
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {

@@ -85,6 +85,8 @@ impl DecoderEmbedder {
             bos_token_id: None,
             dtype: placement.dtype,
             quantization: placement.quantization,
+            weight_format: String::new(),
+            kv_dtype: placement.kv_dtype,
             weight_bytes: 0,
             kv_bytes_per_token: 0,
         };

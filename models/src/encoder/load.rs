@@ -300,7 +300,8 @@ fn placement(
         quantization: options.quantization,
         dtype,
         activation_dtype: if options.device.is_cpu() { DType::F32 } else { dtype },
-        kv_dtype: dtype,
+        keep_blocks: false,
+        kv_dtype: ingle_kernels::KvDtype::F32,
         device: options.device.clone(),
         max_len,
     })

@@ -8,11 +8,13 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
+use ingle_kernels::{BlockType, QuantizedBlocks};
 
 use super::config::{Architecture, ModelShape};
 use super::header::{Header, TensorInfo};
 use crate::TensorSource;
 use crate::error::{Error, Result, invalid};
+use crate::source::BlockFormat;
 
 /// Divisors of the rotary frequencies; part of the config in transformers.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -82,6 +84,10 @@ impl GgufSource {
         Ok(Self { path: path.to_owned(), file: Mutex::new(file), tensors, rope_factors })
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors.get(name).ok_or_else(|| invalid(&self.path, format!("tensor {name} is missing")))
+    }
+
     /// Whether the file holds tensor `name`.
     pub(super) fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
@@ -93,8 +99,8 @@ impl GgufSource {
         Ok(Some(self.read(ROPE_FACTORS, info)?.to_vec1()?))
     }
 
-    /// Reads and dequantises.
-    fn read(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+    /// The bytes of a tensor, and where in the buffer they begin: aligned as blocks want it.
+    fn read_bytes(&self, name: &str, info: &TensorInfo) -> Result<(Vec<u8>, usize)> {
         let io = |source| Error::Io { path: self.path.clone(), source };
         let mut buffer: Vec<u8> = Vec::new();
         buffer.try_reserve_exact(info.num_bytes.saturating_add(BLOCK_ALIGNMENT)).map_err(|_| {
@@ -112,14 +118,19 @@ impl GgufSource {
             file.seek(SeekFrom::Start(info.offset)).map_err(io)?;
             (&mut *file).take(info.num_bytes as u64).read_to_end(&mut buffer).map_err(io)?;
         }
-        let bytes = buffer.get(skip..).unwrap_or_default();
-        if bytes.len() != info.num_bytes {
+        if buffer.len() != skip + info.num_bytes {
             return Err(invalid(
                 &self.path,
                 format!("the file has become shorter: it ends within tensor {name}"),
             ));
         }
-        let device = Device::Cpu;
+        Ok((buffer, skip))
+    }
+
+    /// Reads and dequantises.
+    fn read(&self, name: &str, info: &TensorInfo) -> Result<Tensor> {
+        let (buffer, skip) = self.read_bytes(name, info)?;
+        let (bytes, device) = (&buffer[skip..], Device::Cpu);
         Ok(match plain_dtype(info.dtype) {
             Some(dtype) => Tensor::from_raw_buffer(bytes, dtype, &info.shape, &device)?,
             None => {
@@ -147,14 +158,46 @@ impl TensorSource for GgufSource {
         Ok(self.tensors.get(name).map(|entry| plain_dtype(entry.info.dtype).unwrap_or(DType::F32)))
     }
 
+    fn block_format(&self, name: &str) -> Option<BlockFormat> {
+        let info = &self.tensors.get(name)?.info;
+        if plain_dtype(info.dtype).is_some() {
+            return None;
+        }
+        let known = block_type(info.dtype).filter(|_| info.shape.len() == 2);
+        Some(known.map_or_else(|| BlockFormat::Other(format!("{:?}", info.dtype)), BlockFormat::Kernel))
+    }
+
+    fn load_blocks(&self, name: &str) -> Result<QuantizedBlocks> {
+        let entry = self.entry(name)?;
+        let (Some(block_type), [rows, cols]) = (block_type(entry.info.dtype), entry.info.shape.as_slice())
+        else {
+            return Err(invalid(&self.path, format!("tensor {name} has no blocks that are kept")));
+        };
+        let (mut bytes, skip) = self.read_bytes(name, &entry.info)?;
+        bytes.drain(..skip);
+        if let Some(heads) = entry.interleaved_heads {
+            bytes = restore_row_halves(&bytes, heads, *rows);
+        }
+        Ok(QuantizedBlocks { block_type, rows: *rows, cols: *cols, bytes })
+    }
+
     fn load(&self, name: &str) -> Result<Tensor> {
-        let entry =
-            self.tensors.get(name).ok_or_else(|| invalid(&self.path, format!("tensor {name} is missing")))?;
+        let entry = self.entry(name)?;
         let tensor = self.read(name, &entry.info)?;
         match entry.interleaved_heads {
             Some(heads) => restore_halves(&tensor, heads),
             None => Ok(tensor),
         }
+    }
+}
+
+/// Blocks that there is a kernel for.
+fn block_type(dtype: GgmlDType) -> Option<BlockType> {
+    match dtype {
+        GgmlDType::Q8_0 => Some(BlockType::Q8_0),
+        GgmlDType::Q4_0 => Some(BlockType::Q4_0),
+        GgmlDType::Q4_1 => Some(BlockType::Q4_1),
+        _ => None,
     }
 }
 
@@ -178,6 +221,21 @@ fn restore_halves(tensor: &Tensor, heads: usize) -> Result<Tensor> {
     let columns = dims.get(1).copied().unwrap_or(1);
     // [heads, half, 2, in] -> [heads, 2, half, in]
     Ok(tensor.reshape((heads, half, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape(dims)?)
+}
+
+/// As [`restore_halves`] for rows of bytes, whatever they encode.
+fn restore_row_halves(bytes: &[u8], heads: usize, rows: usize) -> Vec<u8> {
+    let (half, row_bytes) = (rows / heads / 2, bytes.len() / rows);
+    let mut restored = Vec::with_capacity(bytes.len());
+    for head in 0..heads {
+        for part in 0..2 {
+            for i in 0..half {
+                let row = (head * half + i) * 2 + part;
+                restored.extend_from_slice(&bytes[row * row_bytes..][..row_bytes]);
+            }
+        }
+    }
+    restored
 }
 
 /// A tensor that the architecture has or may have.

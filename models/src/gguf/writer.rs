@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
 /// A GGUF file in the making.
@@ -149,7 +150,34 @@ pub(crate) fn tiny(architecture: &str) -> Writer {
     metadata(&mut w, architecture, [8, 16, 2, 1]);
     vocabulary(&mut w);
     let vocab = TOKENS.len();
-    weights(&mut w, architecture, [8, 16, 8, 4], vocab);
+    let add = |w: &mut Writer, name: &str, numbers: &mut dyn FnMut() -> f32, shape: &[usize]| {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| numbers() / 8.0 - 60.0).collect();
+        w.tensor_f32(name, &Tensor::from_vec(values, shape, &Device::Cpu).expect("shape fits"));
+    };
+    weights(&mut w, architecture, [8, 16, 8, 4], vocab, &add);
+    w
+}
+
+/// As [`tiny`] with hidden size 64, 2 heads of 32, one key/value head; matrices in the type that `dtype_of` their name.
+pub(crate) fn tiny_quantised(architecture: &str, dtype_of: impl Fn(&str) -> GgmlDType) -> Writer {
+    let mut w = Writer::new();
+    metadata(&mut w, architecture, [64, 96, 2, 1]);
+    vocabulary(&mut w);
+    let add = |w: &mut Writer, name: &str, numbers: &mut dyn FnMut() -> f32, shape: &[usize]| {
+        // Scattered, so that neither groups nor rows look alike.
+        let values = (0..shape.iter().product()).map(|_| (numbers() * 377.0 % 1000.0) / 4000.0 - 0.125);
+        let tensor = Tensor::from_vec(values.collect::<Vec<f32>>(), shape, &Device::Cpu).expect("shape fits");
+        if shape.len() == 1 {
+            w.tensor_f32(name, &(tensor + 1.0).expect("a sum"));
+            return;
+        }
+        let dtype = dtype_of(name);
+        let code = [(2, GgmlDType::Q4_0), (3, GgmlDType::Q4_1), (6, GgmlDType::Q5_0), (8, GgmlDType::Q8_0)];
+        let code = code.iter().find(|(_, known)| *known == dtype).expect("a type of the test").0;
+        let blocks = QTensor::quantize(&tensor, dtype).expect("quantises");
+        w.tensor(name, shape, code, &blocks.data().expect("bytes"));
+    };
+    weights(&mut w, architecture, [64, 96, 64, 32], TOKENS.len(), &add);
     w
 }
 
@@ -208,15 +236,23 @@ pub(crate) fn vocabulary(w: &mut Writer) {
     w.text("tokenizer.chat_template", "{{ messages }}");
 }
 
+/// Adds a tensor of a name and shape, made of numbers in 0..1000.
+type Add<'a> = dyn Fn(&mut Writer, &str, &mut dyn FnMut() -> f32, &[usize]) + 'a;
+
 /// `[hidden, intermediate, query rows, key rows]`.
-fn weights(w: &mut Writer, architecture: &str, [hidden, intermediate, q, kv]: [usize; 4], vocab: usize) {
+fn weights(
+    w: &mut Writer,
+    architecture: &str,
+    [hidden, intermediate, q, kv]: [usize; 4],
+    vocab: usize,
+    add: &Add<'_>,
+) {
     let mut next = 0u32;
-    let mut add = |w: &mut Writer, name: &str, shape: &[usize]| {
-        let len: usize = shape.iter().product();
-        let values: Vec<f32> = (0..len as u32).map(|i| ((next + i) % 1000) as f32 / 8.0 - 60.0).collect();
-        next += len as u32;
-        w.tensor_f32(name, &Tensor::from_vec(values, shape, &Device::Cpu).expect("shape fits"));
+    let mut numbers = || {
+        next += 1;
+        ((next - 1) % 1000) as f32
     };
+    let mut add = |w: &mut Writer, name: &str, shape: &[usize]| add(w, name, &mut numbers, shape);
     add(w, "token_embd.weight", &[vocab, hidden]);
     add(w, "output_norm.weight", &[hidden]);
     add(w, "blk.0.attn_norm.weight", &[hidden]);

@@ -370,7 +370,7 @@ mod tests {
         }
 
         fn new_cache(&self, num_blocks: usize, block_size: usize) -> ingle_models::Result<KvCache> {
-            KvCache::new(1, 1, 1, (num_blocks, block_size), DType::F32, &Device::Cpu)
+            KvCache::new(1, 1, 1, (num_blocks, block_size), ingle_models::KvDtype::F32, &Device::Cpu)
         }
     }
 
@@ -384,6 +384,8 @@ mod tests {
             eos_token_ids: vec![],
             bos_token_id: None,
             quantization: None,
+            weight_format: "f32".to_owned(),
+            kv_dtype: ingle_models::KvDtype::F32,
             dtype: DType::F32,
             weight_bytes: 0,
             kv_bytes_per_token: 8,

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use ingle_engine::{
-    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, Limits, LoadOptions,
+    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, KvDtype, Limits, LoadOptions,
     ModelInfo, ModelRunner, Progress, Quantization,
 };
 
-use crate::cli::{DeviceName, FloatType, ModelArgs, QuantizationName};
+use crate::cli::{DeviceName, FloatType, KvTypeName, ModelArgs, QuantizationName};
 use crate::hub;
 use crate::state::TextModel;
 use crate::text::{ChatTemplate, Tokenizer};
@@ -69,8 +69,15 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
         quantization: match args.quantization {
             QuantizationName::None => None,
             QuantizationName::Int8 => Some(Quantization::Int8),
+            QuantizationName::Int4 => Some(Quantization::Int4),
         },
-        kv_cache_dtype: float_type(args.kv_cache_dtype),
+        kv_cache_dtype: match args.kv_cache_dtype {
+            KvTypeName::Auto => None,
+            KvTypeName::F32 => Some(KvDtype::F32),
+            KvTypeName::Bf16 => Some(KvDtype::Bf16),
+            KvTypeName::F16 => Some(KvDtype::F16),
+            KvTypeName::Int8 => Some(KvDtype::Int8),
+        },
         device: device.clone(),
         max_model_len: args.max_model_len,
         progress: Some(Progress(Arc::new(move |progress| {
@@ -257,15 +264,14 @@ fn report(
         format!(
             "weights    {:.1} M parameters, {} {:.0} MiB, on {place}",
             info.num_parameters as f64 / 1e6,
-            info.quantization.map_or(info.dtype.as_str(), |quantization| match quantization {
-                Quantization::Int8 => "int8",
-            }),
+            info.weight_format,
             mib(info.weight_bytes),
         ),
         format!(
-            "kv cache   {} blocks of {} tokens, {:.0} MiB; context {} tokens",
+            "kv cache   {} blocks of {} tokens, {}, {:.0} MiB; context {} tokens",
             runner.num_blocks(),
             runner.cache_bytes() / runner.num_blocks().max(1) / info.kv_bytes_per_token.max(1),
+            info.kv_dtype.name(),
             mib(runner.cache_bytes()),
             runner.max_model_len(),
         ),

@@ -1,0 +1,344 @@
+//! `x [m, k] * w [n, k]^T -> y [m, n]` with weights of whole-number codes.
+//!
+//! Activations are rounded to signed bytes first, each group of columns that shares a weight scale with a scale of its
+//! own. A group's sum of products is a whole number and exact; the groups' sums are added in ascending order as f32. So
+//! an element's bits depend neither on m nor on the instruction set's width.
+
+use super::dot::{Dot, STEP_BYTES};
+use super::quant::{CodeWidth, QuantMatrix, STEP_COLS};
+use super::simd::{LANES, Simd};
+use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool};
+
+/// Rows of a block at most.
+const MAX_BLOCK_ROWS: usize = 12;
+/// Panels that one group of accumulators spans at most.
+const PANEL_GROUP: usize = 8;
+/// How far ahead of the loads weights are asked for, in bytes of each panel.
+const PREFETCH_BYTES: usize = 1024;
+/// Elements of x from which rounding it is worth a parallel region.
+const PARALLEL_ELEMENTS: usize = 1 << 15;
+
+/// Computes `y = x * w^T (+ bias)`; `y` is `[x.num_rows, w.rows]`, contiguous, and need not be initialised to values.
+pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut Unwritten) {
+    assert_eq!(x.width, w.cols, "inner dimensions");
+    assert_eq!(y.len(), x.num_rows * w.rows, "output size");
+    assert!(bias.is_none_or(|bias| bias.len() == w.rows), "bias size");
+    if y.is_empty() {
+        return;
+    }
+    let x = RoundedRows::new(x, w);
+    let num_panels = w.num_panels();
+    // Enough pieces for all threads to end together, each long enough to be worth claiming.
+    let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool::num_threads()).max(1);
+    let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP / 2);
+    let job = Job { x: &x, w, bias, y: OutPtr::new(y) };
+    pool::run(num_panels.div_ceil(per_piece), |piece| {
+        let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
+        let job = &job;
+        dispatch_dot!(panels_of(job, panels), [job: &Job<'_>, panels: std::ops::Range<usize>]);
+    });
+}
+
+/// Activations as signed bytes.
+struct RoundedRows {
+    num_rows: usize,
+    /// `[num_rows][depth]`
+    codes: Vec<i8>,
+    /// `[num_rows][groups]`
+    scales: Vec<f32>,
+    /// `[num_rows][groups]`: what the sum of products starts with, so that weight codes count from their zero.
+    starts: Vec<i32>,
+    /// `[num_rows][groups]`: the sum of the rounded activations, which the weights' minima multiply.
+    totals: Vec<f32>,
+}
+
+impl RoundedRows {
+    fn new(x: Rows<'_>, w: &QuantMatrix) -> Self {
+        let (num_rows, groups) = (x.num_rows, w.num_groups());
+        let mut codes = vec![0_i8; num_rows * w.depth];
+        let mut scales = vec![0.0_f32; num_rows * groups];
+        let mut starts = vec![0_i32; num_rows * groups];
+        let mut totals = vec![0.0_f32; if w.mins.is_some() { num_rows * groups } else { 0 }];
+        let (codes_out, scales_out) = (OutPtr(codes.as_mut_ptr()), OutPtr(scales.as_mut_ptr()));
+        let (starts_out, totals_out) = (OutPtr(starts.as_mut_ptr()), OutPtr(totals.as_mut_ptr()));
+        let row = |idx: usize| {
+            // SAFETY: one piece a row; rows do not overlap and lie in the buffers by their sizes.
+            let (codes, scales, starts) = unsafe {
+                (
+                    codes_out.slice(idx * w.depth, w.depth),
+                    scales_out.slice(idx * groups, groups),
+                    starts_out.slice(idx * groups, groups),
+                )
+            };
+            let source = x.row(idx);
+            for (group, values) in source.chunks(w.group).enumerate() {
+                let codes = &mut codes[group * w.group..][..values.len()];
+                scales[group] = round_to_bytes(values, codes);
+                let sum: i32 = codes.iter().map(|code| i32::from(*code)).sum();
+                starts[group] = -w.zero * sum;
+                if w.mins.is_some() {
+                    // SAFETY: as above; the buffer has this size where there are minima.
+                    let total = unsafe { totals_out.slice(idx * groups + group, 1) };
+                    total[0] = scales[group] * sum as f32;
+                }
+            }
+        };
+        if num_rows * w.cols < PARALLEL_ELEMENTS {
+            (0..num_rows).for_each(row);
+        } else {
+            pool::run(num_rows, row);
+        }
+        Self { num_rows, codes, scales, starts, totals }
+    }
+}
+
+/// Rounds `values` to `-127..=127` steps of the scale that is returned; NaN if a value is not finite.
+pub(super) fn round_to_bytes(values: &[f32], codes: &mut [i8]) -> f32 {
+    dispatch!(round_kernel(values, codes) -> f32, [values: &[f32], codes: &mut [i8]])
+}
+
+#[inline(always)]
+unsafe fn round_kernel<S: Simd>(values: &[f32], codes: &mut [i8]) -> f32 {
+    let whole = values.len() / LANES * LANES;
+    // SAFETY: every pointer is followed by sixteen elements of its slice; the instruction set is given.
+    unsafe {
+        let (mut most, mut least) = (S::splat(0.0), S::splat(0.0));
+        // Stays zero unless something is not finite.
+        let mut trap = S::splat(0.0);
+        for i in (0..whole).step_by(LANES) {
+            let v = S::load(values.as_ptr().add(i));
+            most = S::max(most, v);
+            least = S::min(least, v);
+            trap = S::fma(v, S::splat(0.0), trap);
+        }
+        let (mut max, mut min) = (S::max_lane(most), -S::max_lane(S::sub(S::splat(0.0), least)));
+        let mut trap = S::sum(trap);
+        for v in &values[whole..] {
+            (max, min) = (max.max(*v), min.min(*v));
+            trap += v * 0.0;
+        }
+        let largest = max.max(-min);
+        if trap != 0.0 {
+            codes.fill(0);
+            return f32::NAN;
+        }
+        if largest < f32::MIN_POSITIVE * 256.0 {
+            codes.fill(0);
+            return 0.0;
+        }
+        let inverse = 127.0 / largest;
+        for i in (0..whole).step_by(LANES) {
+            let v = S::mul(S::load(values.as_ptr().add(i)), S::splat(inverse));
+            S::store_i8(codes.as_mut_ptr().add(i), v);
+        }
+        for (code, v) in codes[whole..].iter_mut().zip(&values[whole..]) {
+            *code = (v * inverse).round_ties_even() as i8;
+        }
+        largest / 127.0
+    }
+}
+
+struct Job<'a> {
+    x: &'a RoundedRows,
+    w: &'a QuantMatrix,
+    bias: Option<&'a [f32]>,
+    y: OutPtr<f32>,
+}
+
+/// # Safety
+/// The columns of `panels` are nobody else's; the instruction set of `S` and `D`.
+#[inline(always)]
+unsafe fn panels_of<S: Simd, D: Dot<S>>(job: &Job<'_>, panels: std::ops::Range<usize>) {
+    // SAFETY: given by the caller.
+    unsafe {
+        match job.w.width {
+            CodeWidth::Byte => groups_of::<S, D, Bytes>(job, panels),
+            CodeWidth::Half => groups_of::<S, D, Halves>(job, panels),
+        }
+    }
+}
+
+/// How eight columns of a panel are read.
+trait Codes {
+    /// Bytes of eight columns of a panel.
+    const STEP: usize;
+
+    /// # Safety
+    /// [`Codes::STEP`] readable bytes at `p`; the instruction set of `D`.
+    unsafe fn load<S: Simd, D: Dot<S>>(p: *const u8) -> (D::Codes, D::Codes);
+}
+
+struct Bytes;
+struct Halves;
+
+impl Codes for Bytes {
+    const STEP: usize = 2 * STEP_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd, D: Dot<S>>(p: *const u8) -> (D::Codes, D::Codes) {
+        // SAFETY: given by the caller.
+        unsafe { (D::load(p), D::load(p.add(STEP_BYTES))) }
+    }
+}
+
+impl Codes for Halves {
+    const STEP: usize = STEP_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd, D: Dot<S>>(p: *const u8) -> (D::Codes, D::Codes) {
+        // SAFETY: given by the caller.
+        unsafe { D::load_halves(p) }
+    }
+}
+
+/// # Safety
+/// As [`panels_of`]; `C` is the width of the codes.
+#[inline(always)]
+unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::ops::Range<usize>) {
+    let num_rows = job.x.num_rows;
+    let num_blocks = num_rows.div_ceil((D::ACCUMULATORS / 2).clamp(1, MAX_BLOCK_ROWS));
+    let most_rows = num_rows.div_ceil(num_blocks);
+    let count = (D::ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
+    let mut panel = panels.start;
+    while panel < panels.end {
+        // Kernels exist for 1, 2, 4 and 8 panels.
+        let count = 1_usize << count.min(panels.end - panel).ilog2();
+        let mut first = 0;
+        for block in 0..num_blocks {
+            // Blocks of nearly equal size: a last block of one row would waste a pass over the weights.
+            let rows = (num_rows - first).div_ceil(num_blocks - block);
+            let tile = Tile { job, first, panel };
+            // SAFETY: rows and panels are those of the job.
+            unsafe { tile.run::<S, D, C>(rows, count) };
+            first += rows;
+        }
+        panel += count;
+    }
+}
+
+struct Tile<'a> {
+    job: &'a Job<'a>,
+    first: usize,
+    panel: usize,
+}
+
+impl Tile<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, D: Dot<S>, C: Codes>(&self, rows: usize, panels: usize) {
+        macro_rules! cases {
+            ($(($m:literal, $n:literal)),* $(,)?) => {
+                match (rows, panels) {
+                    // SAFETY: given by the caller.
+                    $(($m, $n) if $m * $n <= D::ACCUMULATORS => unsafe {
+                        self.kernel::<S, D, C, $m, $n>()
+                    },)*
+                    _ => unreachable!("no kernel for {rows} rows and {panels} panels"),
+                }
+            };
+        }
+        // What does not fit the accumulators is never asked for; saying so keeps it out of the binary.
+        cases!(
+            (1, 8),
+            (1, 4),
+            (2, 4),
+            (3, 4),
+            (1, 2),
+            (2, 2),
+            (3, 2),
+            (4, 2),
+            (5, 2),
+            (6, 2),
+            (1, 1),
+            (2, 1),
+            (3, 1),
+            (4, 1),
+            (5, 1),
+            (6, 1),
+        );
+    }
+
+    /// `M` rows by `N` panels: whole-number sums of a group and f32 sums of the groups, all in registers.
+    #[inline(always)]
+    unsafe fn kernel<S: Simd, D: Dot<S>, C: Codes, const M: usize, const N: usize>(&self) {
+        let Job { x, w, bias, y } = *self.job;
+        let (groups, depth) = (w.num_groups(), w.depth);
+        let panel_bytes = w.width.panel_bytes(depth);
+        let codes = w.codes[self.panel * panel_bytes..][..N * panel_bytes].as_ptr();
+        let scales = w.scales[self.panel * groups * LANES..][..N * groups * LANES].as_ptr();
+        let mins =
+            w.mins.as_ref().map(|mins| mins[self.panel * groups * LANES..][..N * groups * LANES].as_ptr());
+        let x_codes = x.codes[self.first * depth..][..M * depth].as_ptr();
+        let x_scales = &x.scales[self.first * groups..][..M * groups];
+        let x_starts = &x.starts[self.first * groups..][..M * groups];
+        // SAFETY: all reads lie in the slices just cut; the stores stay in row `first + m`, columns of these panels.
+        unsafe {
+            let mut outputs = [[S::splat(0.0); N]; M];
+            for group in 0..groups {
+                let begin = group * w.group;
+                let end = (begin + w.group).min(depth);
+                let mut sums: [[D::Sums; N]; M] =
+                    std::array::from_fn(|m| [D::start(*x_starts.as_ptr().add(m * groups + group)); N]);
+                let mut k = begin;
+                while k < end {
+                    let quads: [(D::Quad, D::Quad); M] = std::array::from_fn(|m| {
+                        let p = x_codes.add(m * depth + k);
+                        (D::quad(p), D::quad(p.add(4)))
+                    });
+                    for n in 0..N {
+                        let p = codes.add(n * panel_bytes + k / STEP_COLS * C::STEP);
+                        // Beyond the end this names memory that is not ours, which a prefetch may.
+                        S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES));
+                        if C::STEP > STEP_BYTES {
+                            S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES + STEP_BYTES));
+                        }
+                        let (low, high) = C::load::<S, D>(p);
+                        for m in 0..M {
+                            sums[m][n] = D::add(sums[m][n], low, quads[m].0);
+                            sums[m][n] = D::add(sums[m][n], high, quads[m].1);
+                        }
+                    }
+                    k += STEP_COLS;
+                }
+                for n in 0..N {
+                    let at = (n * groups + group) * LANES;
+                    let scale = S::load_f16(scales.add(at));
+                    for m in 0..M {
+                        let both = S::mul(scale, S::splat(*x_scales.as_ptr().add(m * groups + group)));
+                        outputs[m][n] = S::fma(both, D::to_float(sums[m][n]), outputs[m][n]);
+                    }
+                    if let Some(mins) = mins {
+                        let min = S::load_f16(mins.add(at));
+                        for m in 0..M {
+                            let total = x.totals[(self.first + m) * groups + group];
+                            outputs[m][n] = S::fma(min, S::splat(total), outputs[m][n]);
+                        }
+                    }
+                }
+            }
+            for (m, outputs) in outputs.iter().enumerate() {
+                for (n, output) in outputs.iter().enumerate() {
+                    let column = (self.panel + n) * LANES;
+                    let width = LANES.min(w.rows - column);
+                    let output = S::mul(*output, S::splat(w.unit));
+                    let at = (self.first + m) * w.rows + column;
+                    if width == LANES {
+                        let output = match bias {
+                            Some(bias) => S::add(output, S::load(bias[column..][..LANES].as_ptr())),
+                            None => output,
+                        };
+                        S::store(y.slice(at, LANES).as_mut_ptr(), output);
+                        continue;
+                    }
+                    // The last panel may have fewer rows than lanes.
+                    let mut values = S::to_array(output);
+                    if let Some(bias) = bias {
+                        for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
+                            *value += bias;
+                        }
+                    }
+                    y.slice(at, width).copy_from_slice(&values[..width]);
+                }
+            }
+        }
+    }
+}
