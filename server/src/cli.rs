@@ -11,6 +11,10 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+pub mod bench;
+
+use bench::BenchArgs;
+
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
 #[derive(Debug, Parser)]
 #[command(name = "ingle", version, max_term_width = 110, after_help = AFTER_HELP)]
@@ -25,7 +29,9 @@ Examples:
   ingle serve HuggingFaceTB/SmolLM2-135M-Instruct     serve a model of the hub on 127.0.0.1:8080
   ingle serve ./my-model --served-model-name local,gpt-4
   ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
-  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder";
+  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder
+  ingle bench serve --url http://127.0.0.1:8080       load on a server, and what its clients feel
+  ingle bench model ./my-model                        how fast this machine computes a model";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -36,6 +42,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Convert a GGUF file to a safetensors folder.
     Convert(ConvertArgs),
+    /// Measure the speed of a server or of a model.
+    Bench(Box<BenchArgs>),
     /// List the models on this machine.
     Models(ModelsArgs),
 }

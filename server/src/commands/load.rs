@@ -60,31 +60,16 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
     });
 
     ingle_engine::set_num_threads(args.threads);
-    let device = device(args.device)?;
-    let dtype = float_type(args.dtype);
     let bar = progress_bar("Loading weights", "tensors");
     let shown = bar.clone();
     let options = LoadOptions {
-        dtype,
-        quantization: match args.quantization {
-            QuantizationName::None => None,
-            QuantizationName::Int8 => Some(Quantization::Int8),
-            QuantizationName::Int4 => Some(Quantization::Int4),
-        },
-        kv_cache_dtype: match args.kv_cache_dtype {
-            KvTypeName::Auto => None,
-            KvTypeName::F32 => Some(KvDtype::F32),
-            KvTypeName::Bf16 => Some(KvDtype::Bf16),
-            KvTypeName::F16 => Some(KvDtype::F16),
-            KvTypeName::Int8 => Some(KvDtype::Int8),
-        },
-        device: device.clone(),
-        max_model_len: args.max_model_len,
         progress: Some(Progress(Arc::new(move |progress| {
             shown.set_length(progress.num_tensors as u64);
             shown.set_position(progress.tensors_loaded as u64);
         }))),
+        ..load_options(args)?
     };
+    let device = options.device.clone();
     let cache = CacheOptions {
         block_size: args.block_size,
         budget: KvBudget::Bytes(cache_bytes(args)?),
@@ -133,8 +118,30 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
     Ok(Loaded { text, engine, root: root(name), report })
 }
 
+/// How the weights are loaded, without anybody watching.
+pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
+    Ok(LoadOptions {
+        dtype: float_type(args.dtype),
+        quantization: match args.quantization {
+            QuantizationName::None => None,
+            QuantizationName::Int8 => Some(Quantization::Int8),
+            QuantizationName::Int4 => Some(Quantization::Int4),
+        },
+        kv_cache_dtype: match args.kv_cache_dtype {
+            KvTypeName::Auto => None,
+            KvTypeName::F32 => Some(KvDtype::F32),
+            KvTypeName::Bf16 => Some(KvDtype::Bf16),
+            KvTypeName::F16 => Some(KvDtype::F16),
+            KvTypeName::Int8 => Some(KvDtype::Int8),
+        },
+        device: device(args.device)?,
+        max_model_len: args.max_model_len,
+        progress: None,
+    })
+}
+
 /// The folder or file of model `name`.
-fn find(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
+pub(super) fn find(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
     if name == DEFAULT_MODEL
         && let Some(path) = demo_model()
     {
@@ -286,7 +293,7 @@ fn report(
 }
 
 /// What a client may see of `name`: the id, or the last part of a path.
-fn root(name: &str) -> String {
+pub(super) fn root(name: &str) -> String {
     let path = Path::new(name);
     if !path.exists() {
         return name.to_owned();

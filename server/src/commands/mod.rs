@@ -1,11 +1,13 @@
 //! What the commands of the binary do; one file each.
 
+mod bench;
 mod convert;
 mod load;
 mod models;
 mod run;
 mod serve;
 
+pub use bench::bench;
 pub use convert::convert;
 pub use models::models;
 pub use run::run;
