@@ -129,7 +129,7 @@ fn report(path: &Path, info: &EncoderInfo, begin: Instant) -> Vec<String> {
         EncoderTask::Embed => format!("embeds    {} in {} dimensions", info.architecture, info.dimensions),
         EncoderTask::Rerank => format!("ranks     {}", info.architecture),
     };
-    let weights = info.quantization.map_or(info.dtype.as_str(), Quantization::name);
+    let weights = info.quantization.map_or(info.dtype.as_str(), |quantization| quantization.name());
     vec![format!(
         "{what} from {}: {:.1} M parameters, {weights} {:.0} MiB, inputs of {} tokens; loaded in {:.0} ms",
         path.display(),
