@@ -11,6 +11,10 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+pub mod bench;
+
+use bench::BenchArgs;
+
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
 #[derive(Debug, Parser)]
 #[command(name = "ingle", version, max_term_width = 110, after_help = AFTER_HELP)]
@@ -28,7 +32,9 @@ Examples:
   ingle serve ./my-model --embedding-model ./my-embedder --reranker ./my-reranker   all in one process
   ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
   ingle embed texts.jsonl --output vectors.npy        the embeddings of a file's texts
-  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder";
+  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder
+  ingle bench serve --url http://127.0.0.1:8080       load on a server, and what its clients feel
+  ingle bench model ./my-model                        how fast this machine computes a model";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -39,6 +45,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Convert a GGUF file to a safetensors folder.
     Convert(ConvertArgs),
+    /// Measure the speed of a server or of a model.
+    Bench(Box<BenchArgs>),
     /// List the models on this machine.
     Models(ModelsArgs),
     /// Embed the texts of a file: an indexing tool that needs no server.

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => return commands::serve(args),
         Command::Run(args) => commands::run(args),
         Command::Convert(args) => commands::convert(args),
+        Command::Bench(args) => commands::bench(args),
         Command::Models(args) => commands::models(args),
         Command::Embed(args) => commands::embed(args),
     };

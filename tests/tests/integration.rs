@@ -1,6 +1,7 @@
 //! The running binary against what is promised of it: one module per promise.
 
 mod batching_equivalence;
+mod bench;
 mod cancellation;
 mod cli;
 mod embed_command;

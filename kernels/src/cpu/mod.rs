@@ -23,6 +23,7 @@ mod kv;
 mod layer_norm;
 mod matrix;
 mod pool;
+pub mod probe;
 mod quant;
 mod quant_gemm;
 mod self_attention;

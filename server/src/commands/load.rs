@@ -65,27 +65,16 @@ pub(super) fn load(
     });
 
     ingle_engine::set_num_threads(args.threads);
-    let device = device(args.device)?;
-    let dtype = float_type(args.dtype);
     let bar = progress_bar("Loading weights", "tensors");
     let shown = bar.clone();
     let options = LoadOptions {
-        dtype,
-        quantization: quantization(args.quantization),
-        kv_cache_dtype: match args.kv_cache_dtype {
-            KvTypeName::Auto => None,
-            KvTypeName::F32 => Some(KvDtype::F32),
-            KvTypeName::Bf16 => Some(KvDtype::Bf16),
-            KvTypeName::F16 => Some(KvDtype::F16),
-            KvTypeName::Int8 => Some(KvDtype::Int8),
-        },
-        device: device.clone(),
-        max_model_len: args.max_model_len,
         progress: Some(Progress(Arc::new(move |progress| {
             shown.set_length(progress.num_tensors as u64);
             shown.set_position(progress.tensors_loaded as u64);
         }))),
+        ..load_options(args)?
     };
+    let device = options.device.clone();
     let cache = CacheOptions {
         block_size: args.block_size,
         budget: KvBudget::Bytes(cache_bytes(args)?),
@@ -138,6 +127,24 @@ pub(super) fn load(
     Ok(Loaded { text, engine, root: root(name), report })
 }
 
+/// How the weights are loaded, without anybody watching.
+pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
+    Ok(LoadOptions {
+        dtype: float_type(args.dtype),
+        quantization: quantization(args.quantization),
+        kv_cache_dtype: match args.kv_cache_dtype {
+            KvTypeName::Auto => None,
+            KvTypeName::F32 => Some(KvDtype::F32),
+            KvTypeName::Bf16 => Some(KvDtype::Bf16),
+            KvTypeName::F16 => Some(KvDtype::F16),
+            KvTypeName::Int8 => Some(KvDtype::Int8),
+        },
+        device: device(args.device)?,
+        max_model_len: args.max_model_len,
+        progress: None,
+    })
+}
+
 /// Where models are looked for.
 #[derive(Debug, Clone)]
 pub(super) struct Find {
@@ -164,7 +171,7 @@ impl Find {
 }
 
 /// The folder or file of model `name`.
-fn find_generator(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
+pub(super) fn find_generator(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
     if name == DEFAULT_MODEL
         && let Some(path) = demo_model()
     {

@@ -1,5 +1,6 @@
 //! What the commands of the binary do; one file each.
 
+mod bench;
 mod convert;
 mod embed;
 mod load;
@@ -8,6 +9,7 @@ mod models;
 mod run;
 mod serve;
 
+pub use bench::bench;
 pub use convert::convert;
 pub use embed::embed;
 pub use models::models;
