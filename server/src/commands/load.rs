@@ -133,6 +133,24 @@ pub(super) fn load(
     Ok(Loaded { text, engine, card, report })
 }
 
+/// How the weights are loaded, without anybody watching.
+pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
+    Ok(LoadOptions {
+        dtype: float_type(args.dtype),
+        quantization: quantization(args.quantization),
+        kv_cache_dtype: match args.kv_cache_dtype {
+            KvTypeName::Auto => None,
+            KvTypeName::F32 => Some(KvDtype::F32),
+            KvTypeName::Bf16 => Some(KvDtype::Bf16),
+            KvTypeName::F16 => Some(KvDtype::F16),
+            KvTypeName::Int8 => Some(KvDtype::Int8),
+        },
+        device: device(args.device)?,
+        max_model_len: args.max_model_len,
+        progress: None,
+    })
+}
+
 /// Where models are looked for.
 #[derive(Debug, Clone)]
 pub(super) struct Find {
@@ -156,24 +174,6 @@ impl Find {
             offline: args.offline,
         }
     }
-}
-
-/// How the weights are loaded, without anybody watching.
-pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
-    Ok(LoadOptions {
-        dtype: float_type(args.dtype),
-        quantization: quantization(args.quantization),
-        kv_cache_dtype: match args.kv_cache_dtype {
-            KvTypeName::Auto => None,
-            KvTypeName::F32 => Some(KvDtype::F32),
-            KvTypeName::Bf16 => Some(KvDtype::Bf16),
-            KvTypeName::F16 => Some(KvDtype::F16),
-            KvTypeName::Int8 => Some(KvDtype::Int8),
-        },
-        device: device(args.device)?,
-        max_model_len: args.max_model_len,
-        progress: None,
-    })
 }
 
 /// The folder or file of model `name`.
