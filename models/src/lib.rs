@@ -34,7 +34,7 @@ pub use error::{Error, Result};
 pub use gguf::{GgufText, text_files as gguf_text_files};
 pub use ingle_kernels::{
     BlockType, Isa, KvDtype, PagedMeta, Quantization, QuantizedBlocks, isa, num_threads, probe,
-    set_num_threads,
+    set_checkpoint, set_num_threads,
 };
 pub use kv_cache::KvCache;
 pub use load::load_causal_lm;

@@ -19,6 +19,8 @@ fn main() -> ExitCode {
         Command::Convert(args) => commands::convert(args),
         Command::Bench(args) => commands::bench(args),
         Command::Models(args) => commands::models(args),
+        Command::Register(args) => commands::register(args),
+        Command::Embed(args) => commands::embed(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

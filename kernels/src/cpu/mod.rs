@@ -36,7 +36,7 @@ pub use isa::{Isa, isa};
 pub(crate) use kv::KvStore;
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
-pub use pool::{num_threads, set_num_threads};
+pub use pool::{num_threads, set_checkpoint, set_num_threads};
 pub(crate) use quant::QuantMatrix;
 pub(crate) use quant_gemm::matmul as quant_matmul;
 pub(crate) use self_attention::{SelfAttention, self_attention};

@@ -10,7 +10,9 @@
 mod backend;
 mod block_hash;
 mod block_pool;
+mod compute;
 mod config;
+pub mod embed;
 mod engine;
 mod fault;
 mod handle;
@@ -33,6 +35,7 @@ pub use ingle_models::{
 pub use backend::{Backend, BackendError, SampleResult, SeqOutput, StepOutput};
 pub use block_hash::{BlockHash, BlockHasher};
 pub use block_pool::{BlockId, BlockPool, CacheEntry};
+pub use compute::{ComputeArbiter, ComputeClass, ComputeStats, Sharing, Turn};
 pub use config::{EngineConfig, Limits, Patience};
 pub use engine::Engine;
 pub use handle::{EngineHandle, Health, SubmitError, TokenStream};

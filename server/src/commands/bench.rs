@@ -14,7 +14,7 @@ use ingle_bench::report::{
 };
 use serde::Serialize;
 
-use super::load::{find, load_options, root};
+use super::load::{find_generator, load_options, root};
 use crate::cli::bench::{BenchArgs, BenchCommand, BenchModelArgs};
 use crate::text::{Specials, Tokenizer};
 
@@ -56,7 +56,7 @@ fn model(args: &BenchModelArgs) -> anyhow::Result<()> {
             (format!("{preset} (random weights)"), made.path().to_owned())
         }
         (None, Some(name)) => {
-            let path = find(name, &args.load)?;
+            let path = find_generator(name, &args.load)?;
             (root(name), path)
         }
         (None, None) => bail!("a model or --random-weights is wanted"),
