@@ -58,7 +58,7 @@ pub fn run(args: &StartupBenchArgs, command: &[String], url: &str) -> anyhow::Re
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut points = Vec::new();
     for _ in 0..args.repeats.max(1) {
-        points.push(runtime.block_on(start(args, command, url))?);
+        points.push(runtime.block_on(until_signal(start(args, command, url)))?);
     }
     Ok(StartupResult {
         kind: "startup".to_owned(),
@@ -67,6 +67,17 @@ pub fn run(args: &StartupBenchArgs, command: &[String], url: &str) -> anyhow::Re
         metadata: crate::report::metadata(&args.out.metadata)?,
         points,
     })
+}
+
+/// `work`, given up when this process is asked to end: the started server has a group of its own and would live on.
+async fn until_signal<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    tokio::select! {
+        result = work => result,
+        _ = interrupt.recv() => bail!("interrupted"),
+        _ = terminate.recv() => bail!("terminated"),
+    }
 }
 
 /// A server that ends with its group when this is dropped.
