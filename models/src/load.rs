@@ -277,7 +277,8 @@ mod tests {
 
     #[test]
     fn blocks_of_a_gguf_file_are_computed_as_they_are_stored() {
-        let files: [(&str, fn(&str) -> GgmlDType, &str, f32); 4] = [
+        type DtypeOf = fn(&str) -> GgmlDType;
+        let files: [(&str, DtypeOf, &str, f32); 4] = [
             ("llama", |_| GgmlDType::Q8_0, "Q8_0", 0.02),
             ("llama", |_| GgmlDType::Q4_1, "Q4_1", 0.02),
             ("qwen2", |_| GgmlDType::Q4_0, "Q4_0", 0.02),

@@ -4,12 +4,19 @@
 //! the file given with `--config` (or `INGLE_CONFIG`), at the top level or in a table named after the command. A flag
 //! wins over the environment, the environment over the file, the file over the default.
 
+mod tier;
+
 use std::ffi::OsString;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+pub mod bench;
+
+use bench::BenchArgs;
+pub use tier::{RegisterArgs, TierArgs};
 
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
 #[derive(Debug, Parser)]
@@ -23,9 +30,15 @@ pub struct Cli {
 const AFTER_HELP: &str = "\
 Examples:
   ingle serve HuggingFaceTB/SmolLM2-135M-Instruct     serve a model of the hub on 127.0.0.1:8080
-  ingle serve ./my-model --served-model-name local,gpt-4
+  ingle serve ./my-model --served-model-name local --alias gpt-4,llama-2-70b
+  ingle serve ./my-model --register smg+http://router:30000
+  ingle serve --embedding-model sentence-transformers/all-mpnet-base-v2          embeddings only
+  ingle serve ./my-model --embedding-model ./my-embedder --reranker ./my-reranker   all in one process
   ingle run ./my-model \"Why is the sky blue?\"          one answer in the terminal
-  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder";
+  ingle embed texts.jsonl --output vectors.npy        the embeddings of a file's texts
+  ingle convert model.gguf ./my-model                 a GGUF file as a safetensors folder
+  ingle bench serve --url http://127.0.0.1:8080       load on a server, and what its clients feel
+  ingle bench model ./my-model                        how fast this machine computes a model";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -36,12 +49,18 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Convert a GGUF file to a safetensors folder.
     Convert(ConvertArgs),
+    /// Measure the speed of a server or of a model.
+    Bench(Box<BenchArgs>),
     /// List the models on this machine.
     Models(ModelsArgs),
     /// Measure how well a model foresees a text, to see what rounding its weights costs.
     Perplexity(Box<PerplexityArgs>),
     /// Tell what this machine offers and what of it is used.
     Doctor(DoctorArgs),
+    /// Ask routers whether they can be reached and know a server.
+    Register(RegisterArgs),
+    /// Embed the texts of a file: an indexing tool that needs no server.
+    Embed(Box<EmbedArgs>),
 }
 
 /// Which model, and how it is loaded; shared by all commands that run one.
@@ -107,6 +126,129 @@ pub struct ModelArgs {
     pub seed: u64,
 }
 
+/// Models that embed and rank, beside the one that generates or alone.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Embeddings and reranking")]
+pub struct EncoderArgs {
+    /// Embedding model: folder, hub id, or `default` (all-mpnet-base-v2). Without MODEL only it is served. Several:
+    /// repeat or separate by commas.
+    #[arg(long, env = "INGLE_EMBEDDING_MODEL", value_delimiter = ',')]
+    pub embedding_model: Vec<String>,
+    /// Model that scores pairs of a query and a document (a cross-encoder): folder or hub id.
+    #[arg(long, env = "INGLE_RERANKER")]
+    pub reranker: Option<String>,
+    /// Names the (first) embedding model answers to, separated by commas; the first is its own.
+    #[arg(long, env = "INGLE_EMBEDDING_SERVED_NAME", value_delimiter = ',')]
+    pub embedding_served_name: Vec<String>,
+    /// Names the reranker answers to, separated by commas; the first is its own.
+    #[arg(long, env = "INGLE_RERANKER_SERVED_NAME", value_delimiter = ',')]
+    pub reranker_served_name: Vec<String>,
+    /// Address (IP:PORT) that serves and lists only these models, for gateways that want one model per URL; several:
+    /// repeat or separate by commas.
+    #[arg(long, env = "INGLE_EMBEDDING_LISTEN", value_delimiter = ',')]
+    pub embedding_listen: Vec<SocketAddr>,
+    /// Share of computing time, 0.01 to 0.99, that these models may count on while the generating model has work, too;
+    /// what one does not use is the other's. A running chat is slowed down by 1 / (1 - share) at most.
+    #[arg(long, env = "INGLE_EMBEDDING_SHARE", default_value_t = DEFAULT_EMBEDDING_SHARE, value_parser = share)]
+    pub embedding_share: f64,
+    /// Type of the weights in memory; auto: as stored in the checkpoint.
+    #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
+    pub embedding_dtype: FloatType,
+    /// Round the weights to fewer bits while they are loaded (CPU only).
+    #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
+    pub embedding_quantization: QuantizationName,
+    /// Tokens of one batch at most. Batches are cut shorter than that by the speed measured.
+    #[arg(long, env = "INGLE_MAX_BATCH_TOKENS", default_value_t = 16_384)]
+    pub max_batch_tokens: usize,
+    /// Inputs or documents of one request at most.
+    #[arg(long, env = "INGLE_MAX_CLIENT_BATCH_SIZE", default_value_t = 2048)]
+    pub max_client_batch_size: usize,
+    /// Inputs that may wait at most; further requests are answered 429.
+    #[arg(long, env = "INGLE_MAX_QUEUED_INPUTS", default_value_t = 16_384)]
+    pub max_queued_inputs: usize,
+    /// Cut inputs that are too long for the model, instead of refusing them.
+    #[arg(long, env = "INGLE_AUTO_TRUNCATE", num_args = 0..=1, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub auto_truncate: bool,
+}
+
+/// See [`EncoderArgs::embedding_share`].
+const DEFAULT_EMBEDDING_SHARE: f64 = 0.35;
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.01..=0.99).contains(&share) => Ok(share),
+        _ => Err("a number from 0.01 to 0.99 is wanted".to_owned()),
+    }
+}
+
+/// `ingle embed`
+#[derive(Debug, Clone, Args)]
+pub struct EmbedArgs {
+    /// File with a text a line, or JSON a line (a string, or an object with the text under --field); `-`: standard
+    /// input.
+    pub input: PathBuf,
+    /// Embedding model: folder, hub id, or `default` (all-mpnet-base-v2).
+    #[arg(long, short = 'm', env = "INGLE_EMBEDDING_MODEL", default_value = "default")]
+    pub model: String,
+    /// File to write: `.npy` (float32, one row a text) or JSONL (the object with its `embedding`) [default: JSONL on
+    /// standard output].
+    #[arg(long, short = 'o')]
+    pub output: Option<PathBuf>,
+    /// Field of a JSON object that holds its text.
+    #[arg(long, default_value = "text")]
+    pub field: String,
+    /// What the lines are; auto: JSON if the first line is a JSON string or object.
+    #[arg(long, default_value = "auto")]
+    pub input_format: LineFormat,
+    /// Name of the model's prompt that goes before each text (`query`, `document`, ...).
+    #[arg(long)]
+    pub prompt_name: Option<String>,
+    /// Fewer numbers a text, where the model was trained for it.
+    #[arg(long)]
+    pub dimensions: Option<usize>,
+    /// Fail at a text that is too long for the model; else it is cut, and told.
+    #[arg(long)]
+    pub no_truncate: bool,
+    /// Type of the weights in memory; auto: as stored in the checkpoint.
+    #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
+    pub dtype: FloatType,
+    /// Round the weights to fewer bits while they are loaded (CPU only).
+    #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
+    pub quantization: QuantizationName,
+    /// Where to compute.
+    #[arg(long, env = "INGLE_DEVICE", default_value = "auto")]
+    pub device: DeviceName,
+    /// Threads that compute; 0: all processors this process may use.
+    #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
+    pub threads: usize,
+    /// Branch, tag or commit of a hub model.
+    #[arg(long, env = "INGLE_REVISION")]
+    pub revision: Option<String>,
+    /// Token for private hub models.
+    #[arg(long, env = "INGLE_HF_TOKEN", hide_env_values = true)]
+    pub hf_token: Option<String>,
+    /// Folder of downloaded hub models [default: the Hugging Face cache].
+    #[arg(long, env = "INGLE_DOWNLOAD_DIR")]
+    pub download_dir: Option<PathBuf>,
+    /// Never ask the hub; use what is on this machine.
+    #[arg(long, env = "INGLE_OFFLINE", num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    pub offline: bool,
+    /// TOML file with any of these settings.
+    #[arg(long, env = "INGLE_CONFIG")]
+    pub config: Option<PathBuf>,
+}
+
+/// What the lines of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LineFormat {
+    /// Found out from the first line.
+    Auto,
+    /// JSON strings or objects.
+    Jsonl,
+    /// Texts.
+    Text,
+}
+
 /// `ingle serve`
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
@@ -137,6 +279,13 @@ pub struct ServeArgs {
     /// Names the model answers to, separated by commas; the first is its own.
     #[arg(long, env = "INGLE_SERVED_MODEL_NAME", value_delimiter = ',', help_heading = "Serving")]
     pub served_model_name: Vec<String>,
+    /// More addresses to listen on (IP:PORT), separated by commas or repeated; they serve everything, as --host and
+    /// --port do.
+    #[arg(long, env = "INGLE_LISTEN", value_delimiter = ',', help_heading = "Serving")]
+    pub listen: Vec<SocketAddr>,
+    /// How models that embed and rank are loaded and run.
+    #[command(flatten)]
+    pub encoders: EncoderArgs,
     /// Requests that may wait at most; more are answered 429.
     #[arg(long, env = "INGLE_MAX_NUM_QUEUED_REQS", default_value_t = 256, help_heading = "Serving")]
     pub max_num_queued_reqs: usize,
@@ -170,6 +319,9 @@ pub struct ServeArgs {
     /// What is logged: error, warn, info, debug, or a tracing filter.
     #[arg(long, env = "INGLE_LOG", default_value = "info", help_heading = "Serving")]
     pub log: String,
+    /// How it behaves as a tier.
+    #[command(flatten)]
+    pub tier: TierArgs,
     /// TOML file with any of these settings.
     #[arg(long, env = "INGLE_CONFIG", help_heading = "Serving")]
     pub config: Option<PathBuf>,

@@ -45,6 +45,10 @@ pub enum ErrorKind {
     UnsupportedMediaType,
     /// The server has enough to do.
     Overloaded,
+    /// The key has used what it may.
+    RateLimited,
+    /// The caller's time would be over before the first token.
+    DeadlineUnreachable,
     /// A fault of ours.
     Internal,
     /// The model produced NaN or infinity.
@@ -67,6 +71,7 @@ impl ErrorKind {
         use StatusCode as S;
         const INVALID: &str = "invalid_request_error";
         const SERVER: &str = "server_error";
+        const LIMIT: &str = "rate_limit_error";
         match self {
             Self::InvalidValue => (S::BAD_REQUEST, INVALID, "invalid_value", None),
             Self::InvalidJson => (S::BAD_REQUEST, INVALID, "invalid_json", None),
@@ -81,7 +86,9 @@ impl ErrorKind {
             Self::UnsupportedMediaType => {
                 (S::UNSUPPORTED_MEDIA_TYPE, INVALID, "unsupported_media_type", None)
             }
-            Self::Overloaded => (S::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", Some(1)),
+            Self::Overloaded => (S::TOO_MANY_REQUESTS, LIMIT, "overloaded", Some(1)),
+            Self::RateLimited => (S::TOO_MANY_REQUESTS, LIMIT, "rate_limit_exceeded", Some(1)),
+            Self::DeadlineUnreachable => (S::TOO_MANY_REQUESTS, LIMIT, "deadline_unreachable", Some(1)),
             Self::Internal => (S::INTERNAL_SERVER_ERROR, SERVER, "internal_error", None),
             Self::NonFiniteLogits => (S::INTERNAL_SERVER_ERROR, SERVER, "non_finite_logits", None),
             Self::Loading => (S::SERVICE_UNAVAILABLE, "service_unavailable", "loading", Some(2)),

@@ -67,6 +67,9 @@ pub struct HubOptions {
 /// Why a model was not found or not downloaded. Each message fits on one line and says what to do, where possible.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
+    /// No runtime to ask with.
+    #[error("the hub cannot be asked: {0}")]
+    Runtime(String),
     /// A path that does not exist, or a name that is none.
     #[error("{0}: no such file or directory, and not a model name like org/name")]
     NoSuchModel(String),
@@ -282,6 +285,15 @@ fn usable(snapshot: &Path, repo: &Path) -> Option<PathBuf> {
     }
 }
 
+/// Whether `path` is a file of a sentence-transformers module beside the transformer: `2_Dense/model.safetensors`.
+fn is_module_file(path: &str) -> bool {
+    let Some((folder, file)) = path.split_once('/') else { return false };
+    let numbered = folder.split_once('_').is_some_and(|(number, name)| {
+        number.parse::<u8>().is_ok() && !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric())
+    });
+    numbered && matches!(file, "config.json" | "model.safetensors")
+}
+
 /// The file names in an index of shards; each must be a plain name.
 fn shards(index: &str) -> Result<BTreeSet<String>, String> {
     let index: serde_json::Value = serde_json::from_str(index).map_err(|e| format!("{INDEX}: {e}"))?;
@@ -414,8 +426,11 @@ impl Download<'_> {
         let ends = |suffix: &'static str| {
             files.iter().filter(move |f| f.path.ends_with(suffix) && !f.path.contains('/'))
         };
-        let mut wanted: Vec<Remote> =
-            files.iter().filter(|f| SMALL_FILES.contains(&f.path.as_str())).cloned().collect();
+        let mut wanted: Vec<Remote> = files
+            .iter()
+            .filter(|f| SMALL_FILES.contains(&f.path.as_str()) || is_module_file(&f.path))
+            .cloned()
+            .collect();
         if files.iter().any(|f| f.path == INDEX) {
             return Ok(wanted);
         }

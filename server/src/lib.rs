@@ -4,7 +4,9 @@
 //! hands both to [`listen::serve`]. The way of a request: [`listen`] (connection) -> `http` (route, checks) -> [`text`]
 //! (tokens) -> `ingle_engine` -> [`text`] (characters) -> `http` (JSON or events).
 
+pub mod accounts;
 pub mod auth;
+pub mod cache;
 pub mod cli;
 pub mod commands;
 pub mod error;
@@ -13,8 +15,12 @@ pub mod hub;
 pub mod listen;
 pub mod logging;
 mod metrics;
+mod record;
+pub mod register;
 pub mod state;
+mod telemetry;
 pub mod text;
+pub mod tier;
 
 #[cfg(feature = "testing")]
 pub use http::app_with_faults;

@@ -27,7 +27,11 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::{http, state::AppState};
+use crate::{
+    http,
+    state::{AppState, View},
+    tier,
+};
 use connection::{Class, Shared};
 pub use shutdown::{Shutdown, ShutdownTrigger};
 
@@ -82,7 +86,13 @@ pub fn raise_file_limit() -> usize {
 
 /// A bound socket.
 #[derive(Debug)]
-pub enum Listener {
+pub struct Listener {
+    socket: Socket,
+    view: View,
+}
+
+#[derive(Debug)]
+enum Socket {
     /// An address and port.
     Tcp(TcpListener),
     /// A path in the file system; removed at the end.
@@ -100,7 +110,7 @@ impl Listener {
         // Accepted sockets inherit it.
         socket.set_send_buffer_size(SEND_BUFFER)?;
         socket.bind(address)?;
-        Ok(Self::Tcp(socket.listen(1024)?))
+        Ok(Self { socket: Socket::Tcp(socket.listen(1024)?), view: View::All })
     }
 
     /// Binds `path`. A socket that a dead process left there is replaced; one that answers is in use.
@@ -117,34 +127,41 @@ impl Listener {
             }
             std::fs::remove_file(path)?;
         }
-        Ok(Self::Unix(UnixListener::bind(path)?, path.to_owned()))
+        Ok(Self { socket: Socket::Unix(UnixListener::bind(path)?, path.to_owned()), view: View::All })
     }
 
     /// The address of a TCP socket; with port 0 asked for, the port that was given.
     #[must_use]
     pub fn local_addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(listener) => listener.local_addr().ok(),
-            Self::Unix(..) => None,
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr().ok(),
+            Socket::Unix(..) => None,
         }
     }
 
+    /// The same socket, serving only what `view` shows.
+    #[must_use]
+    pub fn with_view(mut self, view: View) -> Self {
+        self.view = view;
+        self
+    }
+
     async fn accept(&self) -> io::Result<Accepted> {
-        match self {
-            Self::Tcp(listener) => {
+        match &self.socket {
+            Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 // Events are small and must not wait for each other; without it they are only late.
                 let _ = stream.set_nodelay(true);
                 Ok(Accepted::Tcp(stream))
             }
-            Self::Unix(listener, _) => Ok(Accepted::Unix(listener.accept().await?.0)),
+            Socket::Unix(listener, _) => Ok(Accepted::Unix(listener.accept().await?.0)),
         }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
+        if let Socket::Unix(_, path) = &self.socket {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -195,8 +212,11 @@ impl Server {
     /// a failure.
     pub async fn run(self, app: Router, state: AppState, mut shutdown: Shutdown) -> Result<(), ServeError> {
         let Self { shared, accepting } = self;
-        shared.serve(app);
+        // The first look is before the first request, so that the card is never without one.
+        state.tick();
+        shared.serve(app, http::app_of(state.clone(), View::Encoders));
         let mut died = false;
+        let watching = tokio::spawn(watch_engine(state.clone()));
         tokio::select! {
             () = shutdown.signalled(1) => {}
             () = engine_died(&state) => died = true,
@@ -210,9 +230,15 @@ impl Server {
             let _ = timeout_at(deadline, shared.idle()).await;
         } else {
             tracing::info!("shutting down: no new requests, running ones finish");
+            let deadline = Instant::now() + shared.config.drain_timeout;
+            state.announce_drain();
+            // Routers first: until they have taken us off, what they send is served.
+            tokio::select! {
+                () = state.registry().leave() => {}
+                () = shutdown.signalled(2) => {}
+            }
             state.start_drain();
             shared.drain.cancel();
-            let deadline = Instant::now() + shared.config.drain_timeout;
             tokio::select! {
                 () = shared.idle() => {}
                 () = tokio::time::sleep_until(deadline) => tracing::warn!("requests still run at the drain deadline; cutting them"),
@@ -225,18 +251,28 @@ impl Server {
         let _ = timeout_at(Instant::now() + Duration::from_millis(500), shared.idle()).await;
         shared.stop.cancel();
         let _ = timeout_at(Instant::now() + Duration::from_millis(200), accepting.wait()).await;
+        watching.abort();
         if died { Err(ServeError::EngineDead) } else { Ok(()) }
     }
 }
 
+/// Notes the engine's progress for the tier card.
+async fn watch_engine(state: AppState) {
+    loop {
+        state.tick();
+        sleep(tier::TICK).await;
+    }
+}
+
 async fn engine_died(state: &AppState) {
-    while state.engine().health() != Health::Dead {
+    while state.health() != Health::Dead {
         sleep(WATCH_EVERY).await;
     }
 }
 
 async fn accept_loop(listener: Listener, shared: Arc<Shared>) {
     let places = Places::new(shared.config.max_connections);
+    let view = listener.view;
     let mut last_complaint: Option<Instant> = None;
     loop {
         // A place first: who is not accepted yet waits in the system's queue.
@@ -254,8 +290,12 @@ async fn accept_loop(listener: Listener, shared: Arc<Shared>) {
                 let shared = Arc::clone(&shared);
                 shared.open.fetch_add(1, Ordering::AcqRel);
                 match stream {
-                    Accepted::Tcp(stream) => tokio::spawn(connection::run(stream, class, permit, shared)),
-                    Accepted::Unix(stream) => tokio::spawn(connection::run(stream, class, permit, shared)),
+                    Accepted::Tcp(stream) => {
+                        tokio::spawn(connection::run(stream, class, view, permit, shared))
+                    }
+                    Accepted::Unix(stream) => {
+                        tokio::spawn(connection::run(stream, class, view, permit, shared))
+                    }
                 };
             }
             Err(error) if is_of_one_connection(&error) => {}

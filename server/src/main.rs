@@ -17,9 +17,12 @@ fn main() -> ExitCode {
         Command::Serve(args) => return commands::serve(args),
         Command::Run(args) => commands::run(args),
         Command::Convert(args) => commands::convert(args),
+        Command::Bench(args) => commands::bench(args),
         Command::Models(args) => commands::models(args),
         Command::Perplexity(args) => commands::perplexity(args),
         Command::Doctor(args) => commands::doctor(args),
+        Command::Register(args) => commands::register(args),
+        Command::Embed(args) => commands::embed(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

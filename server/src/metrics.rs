@@ -4,16 +4,28 @@
 //! when somebody scrapes, counts and times are added where they happen. Label values come from closed sets: names of
 //! our routes, methods, status codes, and reasons, never from client text.
 
+mod encoders;
+
 use std::{
+    sync::Arc,
     sync::atomic::{AtomicU64, Ordering},
     time::Instant,
 };
 
-use ingle_engine::{EngineStats, Health, Limits, Usage};
+use ingle_engine::{ComputeArbiter, EngineStats, Health, Limits, Usage};
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
-use crate::http::generate::Counts;
+use crate::state::EncoderModel;
+use crate::{
+    accounts::audit::Entry,
+    cache::Outcome,
+    http::{self, generate::Counts},
+    register::RegistrationState,
+    state::AppState,
+};
+pub(crate) use encoders::EncodeTimes;
+use encoders::{ComputeMetrics, EncoderMetrics};
 
 const META: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
 
@@ -57,6 +69,29 @@ impl Many<Histogram> {
     }
 }
 
+/// Why a request was answered 429.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    QueueFull,
+    QueueTokens,
+    Deadline,
+    KeyLimit,
+}
+
+impl Refusal {
+    const ALL: [(Self, &'static str); 4] = [
+        (Self::QueueFull, "queue_full"),
+        (Self::QueueTokens, "queue_tokens"),
+        (Self::Deadline, "deadline"),
+        (Self::KeyLimit, "key_limit"),
+    ];
+}
+
+fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
+    let labels = labels.iter().map(|(name, value)| Label::new(*name, (*value).to_owned()));
+    Key::from_parts(name, labels.collect::<Vec<_>>())
+}
+
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Finish {
@@ -87,6 +122,8 @@ pub(crate) struct Metrics {
     generation_tokens: Many<Counter>,
     finished: Vec<Many<Counter>>,
     refused: Many<Counter>,
+    refusals: Vec<Many<Counter>>,
+    cache: Vec<Many<Counter>>,
     panics: Many<Counter>,
     first_token: Many<Histogram>,
     between_tokens: Many<Histogram>,
@@ -96,6 +133,9 @@ pub(crate) struct Metrics {
     decode: Many<Histogram>,
     request_prompt_tokens: Many<Histogram>,
     request_generation_tokens: Many<Histogram>,
+    /// One of each encoder, in the order of the state's.
+    encoders: Vec<EncoderMetrics>,
+    compute: Option<ComputeMetrics>,
 }
 
 /// Bounds 1, 2, 5, 10, ... up to `max`.
@@ -107,7 +147,8 @@ fn counts_up_to(max: usize) -> Vec<f64> {
 
 fn recorder(limits: &Limits) -> PrometheusRecorder {
     let counts = counts_up_to(limits.max_model_len.max(1));
-    let buckets: [(&str, &[f64]); 4] = [
+    let buckets: [(&str, &[f64]); 5] = [
+        ("_duration", encoders::SECONDS),
         ("time_to_first_token_seconds", FIRST_TOKEN),
         ("token_latency_seconds", BETWEEN_TOKENS),
         ("time_per_output_token_seconds", BETWEEN_TOKENS),
@@ -189,6 +230,20 @@ impl Metrics {
         .set(1.0);
         let version = [Label::new("version", env!("CARGO_PKG_VERSION"))];
         r.gauge_with(&["ingle_build_info"], "Version of the server, in its label.", &version).set(1.0);
+        let refusals = Refusal::ALL.map(|(_, reason)| {
+            r.counter_with(
+                &["ingle_admission_refusals_total"],
+                "Requests answered 429, by what was in the way.",
+                &[Label::new("reason", reason)],
+            )
+        });
+        let cache = Outcome::ALL.map(|(_, outcome)| {
+            r.counter_with(
+                &["ingle_response_cache_total"],
+                "What became of requests to the response cache.",
+                &[Label::new("outcome", outcome)],
+            )
+        });
         let finished = Finish::ALL.map(|(_, reason)| {
             r.counter_with(
                 &["ingle_requests_finished_total", "vllm:request_success_total"],
@@ -229,6 +284,8 @@ impl Metrics {
                 "Answer tokens generated.",
             ),
             finished: finished.into(),
+            refusals: refusals.into(),
+            cache: cache.into(),
             refused: r
                 .counter(&["ingle_requests_refused_total"], "Requests refused because the queue was full."),
             panics: r.counter(&["ingle_panics_total"], "Panics in handlers; each was one request's 500."),
@@ -268,13 +325,41 @@ impl Metrics {
                 &["ingle_request_generation_tokens", "vllm:request_generation_tokens"],
                 "Answer tokens of a request.",
             ),
+            encoders: Vec::new(),
+            compute: None,
             recorded: AtomicU64::new(0),
             recorder,
         }
     }
 
-    /// The Prometheus text, after a look at the engine.
-    pub(crate) fn render(&self, stats: &EngineStats, ready: bool) -> String {
+    /// The same with the metrics of `encoders`, and, if `shared`, of how the models share the processors.
+    pub(crate) fn with_encoders(mut self, encoders: &[Arc<EncoderModel>], shared: bool) -> Self {
+        self.encoders = encoders.iter().map(|encoder| EncoderMetrics::new(&self.recorder, encoder)).collect();
+        self.compute = shared.then(|| ComputeMetrics::new(&self.recorder));
+        self
+    }
+
+    /// A request that the encoder `name` has answered.
+    pub(crate) fn encoded(&self, name: &str, times: &EncodeTimes) {
+        if let Some(metrics) = self.encoders.iter().find(|metrics| metrics.name == name) {
+            metrics.put(times, |histogram, value| self.put(histogram, value));
+        }
+    }
+
+    /// The Prometheus text, after a look at the engine and the encoders.
+    pub(crate) fn render(
+        &self,
+        stats: &EngineStats,
+        ready: bool,
+        encoders: &[Arc<EncoderModel>],
+        arbiter: Option<&ComputeArbiter>,
+    ) -> String {
+        for (metrics, encoder) in self.encoders.iter().zip(encoders) {
+            metrics.look(&encoder.handle.stats());
+        }
+        if let (Some(metrics), Some(arbiter)) = (&self.compute, arbiter) {
+            metrics.look(arbiter);
+        }
         self.running.set(stats.running as f64);
         self.waiting.set(stats.waiting as f64);
         self.kv_usage.set(stats.kv_blocks_used as f64 / stats.kv_blocks_total.max(1) as f64);
@@ -296,9 +381,140 @@ impl Metrics {
         self.recorder.register_counter(&Key::from_parts(NAME, labels), &META).increment(1);
     }
 
-    /// One request refused because the queue was full.
-    pub(crate) fn refused(&self) {
-        self.refused.add(1);
+    /// One request refused.
+    pub(crate) fn refused(&self, why: Refusal) {
+        if why == Refusal::QueueFull {
+            self.refused.add(1);
+        }
+        let idx = Refusal::ALL.iter().position(|(refusal, _)| *refusal == why);
+        if let Some(counter) = idx.and_then(|idx| self.refusals.get(idx)) {
+            counter.add(1);
+        }
+    }
+
+    /// One answer of the response cache.
+    pub(crate) fn cache(&self, outcome: Outcome) {
+        let idx = Outcome::ALL.iter().position(|(known, _)| *known == outcome);
+        if let Some(counter) = idx.and_then(|idx| self.cache.get(idx)) {
+            counter.add(1);
+        }
+    }
+
+    /// An ended request, by key and model.
+    pub(crate) fn book(&self, entry: &Entry<'_>) {
+        let labels = [("key", entry.key.as_str()), ("model_name", entry.model)];
+        let status = entry.status.to_string();
+        let with_status = [labels[0], labels[1], ("status", status.as_str())];
+        self.count("ingle_key_requests_total", "Requests by key, model and status.", &with_status, 1);
+        let help = "Tokens by key and model.";
+        for (kind, tokens) in [
+            ("prompt", entry.prompt_tokens),
+            ("cached", entry.cached_tokens),
+            ("completion", entry.completion_tokens),
+        ] {
+            let with_kind = [labels[0], labels[1], ("kind", kind)];
+            self.count("ingle_key_tokens_total", help, &with_kind, tokens.into());
+        }
+    }
+
+    /// What the tier says of itself, just before it is scraped.
+    pub(crate) fn tier(&self, state: &AppState) {
+        let tier = http::tier::body(state);
+        self.set(
+            "ingle_queued_prompt_tokens",
+            "Prompt tokens that wait.",
+            &[],
+            tier.load.queued_tokens as f64,
+        );
+        if let Some(audit) = state.audit() {
+            self.set("ingle_audit_lines_dropped", "Audit lines that were lost.", &[], audit.dropped() as f64);
+        }
+        for card in &tier.models {
+            let labels = [("model_name", card.name.as_str())];
+            let seconds = |milliseconds: Option<f64>| milliseconds.map(|ms| ms / 1e3);
+            let gauges: [(&'static str, &'static str, Option<f64>); 7] = [
+                (
+                    "ingle_tier_latency_p95_seconds",
+                    "95th percentile of whole requests.",
+                    seconds(card.latency_p95),
+                ),
+                (
+                    "ingle_tier_first_token_p95_seconds",
+                    "95th percentile of times to the first token.",
+                    seconds(card.speed.first_token_p95),
+                ),
+                (
+                    "ingle_tier_availability_ratio",
+                    "Share of time and requests that was served.",
+                    card.availability,
+                ),
+                ("ingle_tier_cost_per_1k", "Cost of a thousand tokens.", card.cost_per_1k),
+                (
+                    "ingle_tier_prefill_tokens_per_second",
+                    "Median speed of prompts.",
+                    card.speed.prefill_tokens_per_second,
+                ),
+                (
+                    "ingle_tier_decode_tokens_per_second",
+                    "Median speed of answers.",
+                    card.speed.decode_tokens_per_second,
+                ),
+                (
+                    "ingle_tier_embedding_tokens_per_second",
+                    "Median speed of embeddings.",
+                    card.speed.embedding_tokens_per_second,
+                ),
+            ];
+            for (name, help, value) in gauges {
+                if let Some(value) = value {
+                    self.set(name, help, &labels, value);
+                }
+            }
+        }
+        for status in &tier.registrations {
+            for (known, name) in RegistrationState::ALL {
+                let labels = [("router", status.router.as_str()), ("state", name)];
+                let value = f64::from(u8::from(known == status.state));
+                self.set("ingle_registration_state", "1 for the state a registration is in.", &labels, value);
+            }
+            let labels = [("router", status.router.as_str())];
+            self.set(
+                "ingle_registrations",
+                "Times we registered with a router.",
+                &labels,
+                status.registrations as f64,
+            );
+            self.set(
+                "ingle_registration_failures",
+                "Times a router could not be told.",
+                &labels,
+                status.failures as f64,
+            );
+        }
+    }
+
+    /// Adds to a counter whose labels are known only when it is used. Their values must be of a closed set.
+    pub(crate) fn count(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &str)],
+        by: u64,
+    ) {
+        self.recorder.describe_counter(KeyName::from_const_str(name), None, help.into());
+        self.recorder.register_counter(&key(name, labels), &META).increment(by);
+    }
+
+    /// Sets a gauge in the same way.
+    pub(crate) fn set(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        labels: &[(&'static str, &str)],
+        value: f64,
+    ) {
+        self.recorder.describe_gauge(KeyName::from_const_str(name), None, help.into());
+        self.recorder.register_gauge(&key(name, labels), &META).set(value);
     }
 
     /// One panic in a handler.

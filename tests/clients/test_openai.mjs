@@ -59,6 +59,23 @@ const checks = {
     assert.equal((await client.models.retrieve(model)).id, model);
   },
 
+  async embeddings() {
+    const listed = [];
+    for await (const entry of client.models.list()) listed.push(entry);
+    const embedder = listed.find((entry) => entry.task === "embed")?.id;
+    if (embedder === undefined) return;
+    const input = ["the cat sat on the mat", "a dog", "日本 🙂"];
+    const answer = await client.embeddings.create({ model: embedder, input });
+    const plain = await client.embeddings.create({ model: embedder, input, encoding_format: "float" });
+    assert.deepEqual(answer.data.map((item) => item.index), [0, 1, 2]);
+    assert.deepEqual(
+      answer.data.map((item) => Array.from(item.embedding)),
+      plain.data.map((item) => item.embedding.map(Math.fround)),
+    );
+    assert.equal(answer.usage.prompt_tokens, answer.usage.total_tokens);
+    await throws(OpenAI.BadRequestError, () => client.embeddings.create({ model, input: "a" }));
+  },
+
   async chat() {
     const { data: answer, request_id: requestId } = await chat().withResponse();
     const [choice] = answer.choices;

@@ -71,6 +71,34 @@ def chat(c):
     assert answer._request_id
 
 
+def embedding_model(c):
+    """The first embedding model the server lists; `None` if it has none."""
+    return next((m.id for m in c.client.models.list().data if getattr(m, "task", "") == "embed"), None)
+
+
+@check
+def embeddings(c):
+    model = embedding_model(c)
+    if model is None:
+        return
+    texts = ["the cat sat on the mat", "a dog", "", "日本 🙂"]
+    # The client asks for base64 unless it is told otherwise.
+    answer = c.client.embeddings.create(model=model, input=texts)
+    assert answer.object == "list" and answer.model == model
+    assert [item.index for item in answer.data] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 4
+    plain = c.client.embeddings.create(model=model, input=texts, encoding_format="float")
+    assert [list(item.embedding) for item in plain.data] == [list(item.embedding) for item in answer.data]
+    for text, item in zip(texts, answer.data):
+        alone = c.client.embeddings.create(model=model, input=text)
+        assert list(alone.data[0].embedding) == list(item.embedding)
+        assert abs(sum(x * x for x in item.embedding) - 1) < 1e-3
+    raises(openai.BadRequestError, lambda: c.client.embeddings.create(model=model, input=[]))
+    raises(openai.BadRequestError, lambda: c.client.embeddings.create(model=model, input="a", dimensions=1))
+    raises(openai.BadRequestError, lambda: c.client.embeddings.create(model=c.model, input="a"))
+    raises(openai.NotFoundError, lambda: c.client.embeddings.create(model="nobody", input="a"))
+
+
 @check
 def chat_length(c):
     answer = c.chat(max_completion_tokens=5, extra_body={"ignore_eos": True})

@@ -8,12 +8,14 @@ mod answer;
 mod binary;
 mod metrics;
 mod model;
+mod router;
 mod server;
 
 pub use answer::{Answer, Events, sse_text};
 pub use binary::{Run, binary, command, ingle, run};
 pub use metrics::Metrics;
 pub use model::{TinyModel, fixture, gguf};
+pub use router::{FakeRouter, Told};
 pub use server::{Launch, TestServer};
 
 use std::time::Duration;

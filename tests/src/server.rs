@@ -45,6 +45,12 @@ impl Launch {
         Self { model: path.into(), tiny: None, args: Vec::new(), env: Vec::new() }
     }
 
+    /// Without a model that generates; flags name those that encode.
+    #[must_use]
+    pub fn without_model() -> Self {
+        Self::at(Path::new(""))
+    }
+
     /// With flags; a flag given here replaces the default.
     #[must_use]
     pub fn args<S: Into<OsString>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
@@ -63,12 +69,19 @@ impl Launch {
     #[must_use]
     pub fn spawn(self) -> TestServer {
         let mut command = binary::command();
-        command.arg("serve").arg(self.tiny.as_ref().map_or(&*self.model, |tiny| tiny.path().as_os_str()));
+        command.arg("serve");
+        match &self.tiny {
+            Some(tiny) => command.arg(tiny.path()),
+            None if self.model.is_empty() => &mut command,
+            None => command.arg(&self.model),
+        };
         let given = |flag: &str| {
             let variable = format!("INGLE_{}", flag[2..].to_uppercase().replace('-', "_"));
             self.args.iter().any(|arg| arg == flag) || self.env.iter().any(|(name, _)| *name == *variable)
         };
-        for (flag, value) in [("--port", "0"), ("--threads", "1"), ("--kv-cache-memory", "16")] {
+        for (flag, value) in
+            [("--port", "0"), ("--threads", "1"), ("--kv-cache-memory", "16"), ("--probe", "false")]
+        {
             if !given(flag) {
                 command.args([flag, value]);
             }

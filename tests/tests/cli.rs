@@ -196,9 +196,13 @@ async fn the_log_tells_what_was_loaded() {
         text.push_str(line["message"].as_str().unwrap_or_default());
         text.push('\n');
     }
-    for word in
-        ["LlamaForCausalLM", "bf16", "kv cache   4096 blocks of 16 tokens, 16 MiB", "1 threads", "ready "]
-    {
+    for word in [
+        "LlamaForCausalLM",
+        "bf16",
+        "kv cache   4096 blocks of 16 tokens, bf16, 16 MiB",
+        "1 threads",
+        "ready ",
+    ] {
         assert!(text.contains(word), "{word:?} is missing:\n{text}");
     }
 }

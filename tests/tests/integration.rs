@@ -1,25 +1,39 @@
 //! The running binary against what is promised of it: one module per promise.
 
 mod batching_equivalence;
+mod bench;
 mod cancellation;
 mod cli;
+mod drills;
+mod embed_command;
+mod encoder_errors;
+mod encoders;
 mod hostile;
 mod memory;
 mod metrics;
+mod one_process;
 mod openai_api;
 mod overload;
 mod preemption;
 mod prefix_cache;
+mod register;
+mod response_cache;
 mod shutdown;
 mod smollm2;
 mod start_errors;
 mod streaming;
 mod tidy;
+mod tier;
 
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+
+/// The folder of the encoder fixture `name`, as an argument.
+fn encoder(name: &str) -> String {
+    ingle_tests::fixture(&format!("encoders/{name}")).to_str().expect("a plain path").to_owned()
+}
 
 /// A greedy chat request for exactly `max_tokens` tokens.
 fn chat(content: &str, max_tokens: u32) -> Value {

@@ -9,6 +9,7 @@
 //!
 //! An idle process uses no processor time.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -37,7 +38,39 @@ pub fn num_threads() -> usize {
 /// Runs `piece(0..num_pieces)` on all threads, each index once, and returns when all have ended. A panic of a piece is
 /// passed on to the caller after the region.
 pub(crate) fn run(num_pieces: usize, piece: impl Fn(usize) + Sync) {
-    pool().run(num_pieces, &piece);
+    CHECKPOINT.with(|slot| {
+        // Absent while it runs and while the region does: a region inside a region must not stop halfway.
+        let _back = slot.take().map(|checkpoint| {
+            let back = PutBack(slot, Some(checkpoint));
+            if let Some(checkpoint) = &back.1 {
+                checkpoint();
+            }
+            back
+        });
+        pool().run(num_pieces, &piece);
+    });
+}
+
+type Checkpoint = Box<dyn Fn()>;
+
+thread_local! {
+    static CHECKPOINT: Cell<Option<Checkpoint>> = const { Cell::new(None) };
+}
+
+/// Calls `checkpoint` before every parallel region that this thread starts from now on; `None`: no more. It may wait:
+/// no thread of the pool is held meanwhile. So two models that take turns on one pool can hand over in the middle of a
+/// forward pass.
+pub fn set_checkpoint(checkpoint: Option<Box<dyn Fn()>>) {
+    CHECKPOINT.with(|slot| slot.set(checkpoint));
+}
+
+/// Puts the checkpoint back after its region, also when that panics.
+struct PutBack<'a>(&'a Cell<Option<Checkpoint>>, Option<Checkpoint>);
+
+impl Drop for PutBack<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.1.take());
+    }
 }
 
 type Piece<'a> = &'a (dyn Fn(usize) + Sync);
@@ -242,6 +275,23 @@ mod tests {
             });
         });
         assert_eq!(sum.into_inner(), 24);
+    }
+
+    #[test]
+    fn a_checkpoint_comes_before_each_outer_region_and_survives_a_panic() {
+        let seen = std::rc::Rc::new(Cell::new(0));
+        let counter = seen.clone();
+        set_checkpoint(Some(Box::new(move || counter.set(counter.get() + 1))));
+        run(4, |_| run(4, |_| {}));
+        // The calling thread may or may not take part in the outer region; inside it there are no checkpoints.
+        assert_eq!(seen.get(), 1);
+        assert!(catch_unwind(AssertUnwindSafe(|| run(2, |_| panic!("planted")))).is_err());
+        assert_eq!(seen.get(), 2);
+        run(1, |_| {});
+        assert_eq!(seen.get(), 3);
+        set_checkpoint(None);
+        run(2, |_| {});
+        assert_eq!(seen.get(), 3);
     }
 
     #[test]

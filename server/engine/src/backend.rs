@@ -10,11 +10,18 @@ pub trait Backend: Send {
     /// # Errors
     /// If the step as a whole failed; a single bad row is a [`SampleResult::NonFinite`].
     fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError>;
+
+    /// Nothing is left to compute for now: called before the engine waits for requests.
+    fn idle(&mut self) {}
 }
 
 impl<B: Backend + ?Sized> Backend for Box<B> {
     fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
         (**self).execute(plan)
+    }
+
+    fn idle(&mut self) {
+        (**self).idle();
     }
 }
 

@@ -140,6 +140,9 @@ impl<B: Backend> Thread<B> {
                 return;
             }
             self.publish(has_work);
+            if !has_work {
+                self.backend.idle();
+            }
         }
     }
 
@@ -254,6 +257,9 @@ impl<B: Backend> Thread<B> {
                 client.started = Some(begin);
                 let cached = self.scheduler.cached_tokens(part.request);
                 client.reader.cached_tokens.store(cached, Ordering::Relaxed);
+                let queued =
+                    u64::try_from(begin.duration_since(client.submitted).as_micros()).unwrap_or(u64::MAX);
+                client.reader.queue_micros.store(queued, Ordering::Relaxed);
                 self.stats.prompt_tokens += client.prompt_tokens;
             }
         }

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
@@ -91,6 +91,8 @@ pub(crate) struct ReaderState {
     pub(crate) reads: AtomicU64,
     /// Prompt tokens found in the cache; set before the first event.
     pub(crate) cached_tokens: AtomicU32,
+    /// Microseconds from submission to the first step; set with it.
+    pub(crate) queue_micros: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -337,6 +339,12 @@ impl TokenStream {
     #[must_use]
     pub fn cached_tokens(&self) -> u32 {
         self.reader.cached_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Time from submission to the first step that ran a part of the request; known from the first event on.
+    #[must_use]
+    pub fn queue_time(&self) -> Duration {
+        Duration::from_micros(self.reader.queue_micros.load(Ordering::Relaxed))
     }
 
     /// The next event, for threads without a runtime.

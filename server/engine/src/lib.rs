@@ -10,7 +10,9 @@
 mod backend;
 mod block_hash;
 mod block_pool;
+mod compute;
 mod config;
+pub mod embed;
 mod engine;
 mod fault;
 mod handle;
@@ -27,12 +29,13 @@ mod stats;
 /// How the model under the engine is found, loaded and computed; users of the engine need no other crate.
 pub use ingle_models::{
     ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, GgufText, Isa, KvDtype, LoadProgress,
-    Progress, Quantization, convert, gguf_text_files, isa, num_threads, set_num_threads,
+    Progress, Quantization, convert, gguf_text_files, isa, num_threads, probe, set_num_threads,
 };
 
 pub use backend::{Backend, BackendError, SampleResult, SeqOutput, StepOutput};
 pub use block_hash::{BlockHash, BlockHasher};
 pub use block_pool::{BlockId, BlockPool, CacheEntry};
+pub use compute::{ComputeArbiter, ComputeClass, ComputeStats, Sharing, Turn};
 pub use config::{EngineConfig, Limits, Patience};
 pub use engine::Engine;
 pub use handle::{EngineHandle, Health, SubmitError, TokenStream};

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use ingle_engine::{
-    CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, KvDtype, Limits, LoadOptions,
-    ModelInfo, ModelRunner, Progress, Quantization,
+    Backend, CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, KvDtype, Limits,
+    LoadOptions, ModelInfo, ModelRunner, Progress, Quantization, Sharing, Turn,
 };
 
 use crate::cli::{DeviceName, FloatType, KvTypeName, ModelArgs, QuantizationName};
 use crate::hub;
-use crate::state::TextModel;
+use crate::state::{ModelCard, TextModel};
 use crate::text::{ChatTemplate, Tokenizer};
 
 /// The model that `ingle serve` serves when none is named.
@@ -32,8 +32,8 @@ pub(super) struct Loaded {
     pub(super) text: Arc<TextModel>,
     /// The engine's thread.
     pub(super) engine: EngineHandle,
-    /// What was asked for, fit to be shown to clients: a hub id or the last part of a path.
-    pub(super) root: String,
+    /// What is known of the model.
+    pub(super) card: ModelCard,
     /// What happened, a line each.
     pub(super) report: Vec<String>,
     /// What the matrices are made of, for people.
@@ -48,13 +48,18 @@ pub(super) struct EngineSizes {
     pub(super) max_n: usize,
 }
 
-/// Finds, reads and starts the model `name`.
+/// Finds, reads and starts the model `name`. `turn`: it computes in turns with other models.
 ///
 /// # Errors
 /// One sentence that names the file or flag at fault.
-pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow::Result<Loaded> {
+pub(super) fn load(
+    name: &str,
+    args: &ModelArgs,
+    sizes: &EngineSizes,
+    turn: Option<Turn>,
+) -> anyhow::Result<Loaded> {
     let mut phases = Phases(Vec::new(), Instant::now());
-    let path = phases.time("found", || find(name, args))?;
+    let path = phases.time("found", || find_generator(name, args))?;
     // The tokenizer is read beside the weights: both take a while, and neither needs the other.
     let reading = std::thread::spawn({
         let (path, args) = (path.clone(), args.clone());
@@ -62,31 +67,16 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
     });
 
     ingle_engine::set_num_threads(args.threads);
-    let device = device(args.device)?;
-    let dtype = float_type(args.dtype);
     let bar = progress_bar("Loading weights", "tensors");
     let shown = bar.clone();
     let options = LoadOptions {
-        dtype,
-        quantization: match args.quantization {
-            QuantizationName::None => None,
-            QuantizationName::Int8 => Some(Quantization::Int8),
-            QuantizationName::Int4 => Some(Quantization::Int4),
-        },
-        kv_cache_dtype: match args.kv_cache_dtype {
-            KvTypeName::Auto => None,
-            KvTypeName::F32 => Some(KvDtype::F32),
-            KvTypeName::Bf16 => Some(KvDtype::Bf16),
-            KvTypeName::F16 => Some(KvDtype::F16),
-            KvTypeName::Int8 => Some(KvDtype::Int8),
-        },
-        device: device.clone(),
-        max_model_len: args.max_model_len,
         progress: Some(Progress(Arc::new(move |progress| {
             shown.set_length(progress.num_tensors as u64);
             shown.set_position(progress.tensors_loaded as u64);
         }))),
+        ..load_options(args)?
     };
+    let device = options.device.clone();
     let cache = CacheOptions {
         block_size: args.block_size,
         budget: KvBudget::Bytes(cache_bytes(args)?),
@@ -127,32 +117,75 @@ pub(super) fn load(name: &str, args: &ModelArgs, sizes: &EngineSizes) -> anyhow:
     let mut eos = info.eos_token_ids.clone();
     eos.extend(text.tokenizer.eos_token_id().filter(|id| !eos.contains(id)));
     phases.time("warm-up", || runner.warm_up(WARM_UP_TOKENS)).context("the warm-up step failed")?;
+    let backend: Box<dyn Backend> = match turn {
+        Some(turn) => Box::new(Sharing::new(runner, turn)),
+        None => Box::new(runner),
+    };
     let engine =
-        Engine::spawn(config, limits, &eos, runner).context("the engine's thread could not be started")?;
+        Engine::spawn(config, limits, &eos, backend).context("the engine's thread could not be started")?;
 
     let mut report = report;
     report.push(phases.line());
-    Ok(Loaded { text, engine, root: root(name), report, weight_format: info.weight_format })
+    let card = ModelCard {
+        dtype: Some(info.dtype.as_str().to_owned()),
+        quantization: info.quantization.map(|quantization| quantization_name(quantization).to_owned()),
+        parameters: u64::try_from(info.num_parameters).ok(),
+        ..ModelCard::new(root(name))
+    };
+    Ok(Loaded { text, engine, card, report, weight_format: info.weight_format })
+}
+
+/// How the weights are loaded, without anybody watching.
+pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
+    Ok(LoadOptions {
+        dtype: float_type(args.dtype),
+        quantization: quantization(args.quantization),
+        kv_cache_dtype: match args.kv_cache_dtype {
+            KvTypeName::Auto => None,
+            KvTypeName::F32 => Some(KvDtype::F32),
+            KvTypeName::Bf16 => Some(KvDtype::Bf16),
+            KvTypeName::F16 => Some(KvDtype::F16),
+            KvTypeName::Int8 => Some(KvDtype::Int8),
+        },
+        device: device(args.device)?,
+        max_model_len: args.max_model_len,
+        progress: None,
+    })
+}
+
+/// Where models are looked for.
+#[derive(Debug, Clone)]
+pub(super) struct Find {
+    /// Branch, tag or commit of a hub model.
+    pub(super) revision: Option<String>,
+    /// Token for private hub models.
+    pub(super) token: Option<String>,
+    /// Folder of downloaded hub models.
+    pub(super) cache_dir: Option<PathBuf>,
+    /// Never ask the hub.
+    pub(super) offline: bool,
+}
+
+impl Find {
+    /// As `args` say.
+    pub(super) fn of(args: &ModelArgs) -> Self {
+        Self {
+            revision: args.revision.clone(),
+            token: args.hf_token.clone(),
+            cache_dir: args.download_dir.clone(),
+            offline: args.offline,
+        }
+    }
 }
 
 /// The folder or file of model `name`.
-fn find(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
+pub(super) fn find_generator(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
     if name == DEFAULT_MODEL
         && let Some(path) = demo_model()
     {
         return Ok(path);
     }
-    let options = hub::HubOptions {
-        revision: args.revision.clone(),
-        token: args.hf_token.clone(),
-        cache_dir: args.download_dir.clone(),
-        offline: args.offline,
-        ..hub::HubOptions::default()
-    };
-    // A runtime of its own: this runs on a thread that may block.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let found = runtime.block_on(hub::resolve(name, &options, std::io::stderr().is_terminal()));
-    found.map_err(|error| match name {
+    find(name, &Find::of(args)).map_err(|error| match name {
         DEFAULT_MODEL => {
             anyhow::anyhow!(
                 "the default model cannot be had ({error}); `scripts/demo` gets it without the hub"
@@ -160,6 +193,23 @@ fn find(name: &str, args: &ModelArgs) -> anyhow::Result<PathBuf> {
         }
         _ => error.into(),
     })
+}
+
+/// The folder or file of `name`, here or from the hub.
+pub(super) fn find(name: &str, how: &Find) -> Result<PathBuf, hub::HubError> {
+    let options = hub::HubOptions {
+        revision: how.revision.clone(),
+        token: how.token.clone(),
+        cache_dir: how.cache_dir.clone(),
+        offline: how.offline,
+        ..hub::HubOptions::default()
+    };
+    // A runtime of its own: this runs on a thread that may block.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| hub::HubError::Runtime(error.to_string()))?;
+    runtime.block_on(hub::resolve(name, &options, std::io::stderr().is_terminal()))
 }
 
 /// Where Ingle keeps models that did not come from the hub: `$INGLE_HOME/models`.
@@ -193,7 +243,7 @@ fn load_text(path: &Path, args: &ModelArgs) -> anyhow::Result<Arc<TextModel>> {
     Ok(Arc::new(TextModel { tokenizer: Arc::new(tokenizer), template: template.map(Arc::new) }))
 }
 
-fn device(name: DeviceName) -> anyhow::Result<Device> {
+pub(super) fn device(name: DeviceName) -> anyhow::Result<Device> {
     match name {
         DeviceName::Cpu => Ok(Device::Cpu),
         DeviceName::Auto if !cfg!(any(feature = "cuda", feature = "metal")) => Ok(Device::Cpu),
@@ -215,12 +265,20 @@ fn gpu() -> anyhow::Result<Device> {
     Ok(if cfg!(feature = "cuda") { Device::new_cuda_with_stream(0)? } else { Device::new_metal(0)? })
 }
 
-fn float_type(name: FloatType) -> Option<DType> {
+pub(super) fn float_type(name: FloatType) -> Option<DType> {
     match name {
         FloatType::Auto => None,
         FloatType::F32 => Some(DType::F32),
         FloatType::Bf16 => Some(DType::BF16),
         FloatType::F16 => Some(DType::F16),
+    }
+}
+
+pub(super) fn quantization(name: QuantizationName) -> Option<Quantization> {
+    match name {
+        QuantizationName::None => None,
+        QuantizationName::Int8 => Some(Quantization::Int8),
+        QuantizationName::Int4 => Some(Quantization::Int4),
     }
 }
 
@@ -287,8 +345,15 @@ fn report(
     ]
 }
 
+fn quantization_name(quantization: Quantization) -> &'static str {
+    match quantization {
+        Quantization::Int8 => "int8",
+        Quantization::Int4 => "int4",
+    }
+}
+
 /// What a client may see of `name`: the id, or the last part of a path.
-fn root(name: &str) -> String {
+pub(super) fn root(name: &str) -> String {
     let path = Path::new(name);
     if !path.exists() {
         return name.to_owned();

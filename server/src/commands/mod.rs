@@ -1,19 +1,33 @@
 //! What the commands of the binary do; one file each.
 
+mod bench;
 mod convert;
 mod doctor;
+mod embed;
 mod load;
+mod load_encoder;
 mod models;
 mod perplexity;
+mod register;
 mod run;
 mod serve;
+mod tier;
 
+pub use bench::bench;
 pub use convert::convert;
 pub use doctor::doctor;
+pub use embed::embed;
 pub use models::models;
 pub use perplexity::perplexity;
+pub use register::register;
 pub use run::run;
 pub use serve::serve;
+
+/// Writes a line to standard output.
+fn say(line: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout(), "{line}")
+}
 
 /// Writes `error` to standard error as the one line that ends a command.
 ///

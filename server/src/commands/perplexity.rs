@@ -23,7 +23,7 @@ pub fn perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
         text = std::fs::read_to_string(&args.file)
             .with_context(|| format!("{} could not be read", args.file.display()))?;
     }
-    let loaded = load(&args.model, &args.load, &EngineSizes { max_num_queued_reqs: 1, max_n: 1 })?;
+    let loaded = load(&args.model, &args.load, &EngineSizes { max_num_queued_reqs: 1, max_n: 1 }, None)?;
     if std::io::stderr().is_terminal() {
         // Nobody need listen there.
         let _ = writeln!(std::io::stderr(), "{}\n", loaded.report.join("\n"));

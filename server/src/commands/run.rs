@@ -22,7 +22,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt).context("standard input could not be read")?;
     }
-    let loaded = load(&args.model, &args.load, &EngineSizes { max_num_queued_reqs: 1, max_n: 1 })?;
+    let loaded = load(&args.model, &args.load, &EngineSizes { max_num_queued_reqs: 1, max_n: 1 }, None)?;
     if std::io::stderr().is_terminal() {
         // Nobody need listen there.
         let _ = writeln!(std::io::stderr(), "{}\n", loaded.report.join("\n"));

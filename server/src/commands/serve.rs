@@ -9,18 +9,22 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use ingle_engine::embed::EncoderTask;
+use ingle_engine::{ComputeArbiter, ComputeClass};
 
-use super::load::{DEFAULT_MODEL, EngineSizes, Loaded, load};
+use super::load::{DEFAULT_MODEL, EngineSizes, Find, load};
+use super::load_encoder::{self, How};
+use super::tier::TierSettings;
 use crate::app;
 use crate::cli::ServeArgs;
 use crate::listen::{ListenConfig, Listener, Server, Shutdown, raise_file_limit};
 use crate::logging;
-use crate::state::{AppConfig, AppState, ModelCard};
+use crate::state::{AppConfig, AppState, Generator, Models, View};
 
 /// Serves until told to stop. The status is 0 after an orderly end, 1 if loading or the engine failed, 2 if a setting or
 /// the address cannot be used.
 pub fn serve(args: &ServeArgs) -> ExitCode {
-    let log = match logging::start(args.log_format, &args.log) {
+    let log = match logging::start(args.log_format, &args.log, args.tier.otlp_traces_endpoint.as_deref()) {
         Ok(guard) => guard,
         Err(error) => return fail(2, &error),
     };
@@ -41,24 +45,27 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
         Ok(shutdown) => shutdown,
         Err(error) => return fail(1, &anyhow::anyhow!("signals cannot be heard: {error}")),
     };
-    let listener = match bind(args) {
-        Ok(listener) => listener,
+    let listeners = match bind(args) {
+        Ok(listeners) => listeners,
         Err(error) => return fail(2, &error),
     };
-    let place = place(args, &listener);
+    let places = places(args, &listeners);
+    let place = places.first().cloned().unwrap_or_default();
+    let mut settings = match TierSettings::read(args, &place) {
+        Ok(settings) => settings,
+        Err(error) => return fail(2, &error),
+    };
     let connections = raise_file_limit();
     let config = ListenConfig {
         max_connections: connections.min(ListenConfig::default().max_connections),
         drain_timeout: Duration::from_secs(args.drain_timeout),
         ..ListenConfig::default()
     };
-    let server = Server::start(vec![listener], config);
+    let server = Server::start(listeners, config);
 
     let loading = tokio::task::spawn_blocking({
-        let (model, load_args) =
-            (args.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned()), args.load.clone());
-        let sizes = EngineSizes { max_num_queued_reqs: args.max_num_queued_reqs, max_n: args.max_n };
-        move || load(&model, &load_args, &sizes)
+        let args = args.clone();
+        move || load_all(&args)
     });
     let loaded = tokio::select! {
         loaded = loading => loaded,
@@ -67,27 +74,43 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    let loaded = match loaded {
+    let (models, report) = match loaded {
         Ok(Ok(loaded)) => loaded,
         Ok(Err(error)) => return fail(1, &error),
         Err(panic) => return fail(1, &anyhow::anyhow!("loading failed: {panic}")),
     };
-    for line in &loaded.report {
+    for line in &report {
         tracing::info!("{line}");
     }
-    let state = match state(args, loaded) {
+    let state = match state(args, &settings, models) {
         Ok(state) => state,
-        Err(error) => return fail(1, &anyhow::anyhow!("no threads for the tokenizer: {error}")),
+        Err(error) => return fail(2, &error),
     };
-    let names = state.served_names().join(", ");
-    if args.api_key.is_empty() && !args.host.is_loopback() && args.uds.is_none() {
+    if args.tier.probe {
+        state.probe().await;
+    }
+    let names = state.names_shown();
+    if args.api_key.is_empty() && !only_loopback(args) {
         tracing::warn!("no --api-key is set: everybody who reaches this address may use the model");
     }
+    for place in places.iter().skip(1) {
+        tracing::info!("also on    {place}");
+    }
     tracing::info!("ready      serving {names} on {place}");
-    match server.run(app(state.clone()), state, shutdown).await {
+    let app = app(state.clone());
+    if let Some(config) = settings.register.take() {
+        match reqwest::Client::builder().build() {
+            Ok(client) => state.register(&config, &client),
+            Err(error) => return fail(1, &anyhow::anyhow!("no client for routers: {error}")),
+        }
+    }
+    let status = match server.run(app, state, shutdown).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(1, &error.into()),
-    }
+    };
+    // Only now: the last requests are in it.
+    drop(settings.audit_guard.take());
+    status
 }
 
 fn fail(status: u8, error: &anyhow::Error) -> ExitCode {
@@ -95,43 +118,141 @@ fn fail(status: u8, error: &anyhow::Error) -> ExitCode {
     ExitCode::from(status)
 }
 
-fn bind(args: &ServeArgs) -> anyhow::Result<Listener> {
-    match &args.uds {
+/// All addresses: the main one, more of its kind, and those that serve encoders only.
+fn bind(args: &ServeArgs) -> anyhow::Result<Vec<Listener>> {
+    let main = match &args.uds {
         Some(path) => {
-            Listener::unix(path).with_context(|| format!("the socket {} cannot be used", path.display()))
+            Listener::unix(path).with_context(|| format!("the socket {} cannot be used", path.display()))?
         }
         None => {
             let address = SocketAddr::new(args.host, args.port);
             Listener::tcp(address)
-                .with_context(|| format!("{address} cannot be used (see --host and --port)"))
+                .with_context(|| format!("{address} cannot be used (see --host and --port)"))?
+        }
+    };
+    let mut listeners = vec![main];
+    for address in &args.listen {
+        listeners.push(
+            Listener::tcp(*address).with_context(|| format!("{address} cannot be used (see --listen)"))?,
+        );
+    }
+    for address in &args.encoders.embedding_listen {
+        let listener = Listener::tcp(*address)
+            .with_context(|| format!("{address} cannot be used (see --embedding-listen)"))?;
+        listeners.push(listener.with_view(View::Encoders));
+    }
+    Ok(listeners)
+}
+
+/// Where each of `listeners` is reached, the main one first.
+fn places(args: &ServeArgs, listeners: &[Listener]) -> Vec<String> {
+    let encoders_from = listeners.len().saturating_sub(args.encoders.embedding_listen.len());
+    let place = |(idx, listener): (usize, &Listener)| {
+        let place = match (listener.local_addr(), &args.uds) {
+            (Some(address), _) => format!("http://{address}"),
+            (None, Some(path)) => path.display().to_string(),
+            (None, None) => String::new(),
+        };
+        if idx >= encoders_from { format!("{place} (embeddings and reranking)") } else { place }
+    };
+    listeners.iter().enumerate().map(place).collect()
+}
+
+/// Whether all addresses can be reached from this machine only.
+fn only_loopback(args: &ServeArgs) -> bool {
+    let more = args.listen.iter().chain(&args.encoders.embedding_listen);
+    (args.uds.is_some() || args.host.is_loopback()) && more.map(SocketAddr::ip).all(|ip| ip.is_loopback())
+}
+
+/// Finds, reads and starts all models, and tells what happened, a line each.
+fn load_all(args: &ServeArgs) -> anyhow::Result<(Models, Vec<String>)> {
+    let wanted = &args.encoders;
+    let embedders = wanted.embedding_model.iter().map(|name| (name, EncoderTask::Embed));
+    let encoders: Vec<_> =
+        embedders.chain(wanted.reranker.iter().map(|name| (name, EncoderTask::Rerank))).collect();
+    // Asked for embeddings only, a model that generates is not loaded beside.
+    let generator = match &args.model {
+        None if !encoders.is_empty() => None,
+        name => Some(name.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned())),
+    };
+    let shares = encoders.len() + usize::from(generator.is_some()) > 1;
+    let arbiter = shares.then(|| ComputeArbiter::new(wanted.embedding_share));
+    let turn = |class| arbiter.as_ref().map(|arbiter| arbiter.join(class));
+    let mut models = Models { arbiter: arbiter.clone(), ..Models::default() };
+    let mut report = Vec::new();
+    ingle_engine::set_num_threads(args.load.threads);
+    if let Some(name) = generator {
+        let sizes = EngineSizes { max_num_queued_reqs: args.max_num_queued_reqs, max_n: args.max_n };
+        let loaded = load(&name, &args.load, &sizes, turn(ComputeClass::Generate))?;
+        report.extend(loaded.report);
+        models.generator = Some(Generator { engine: loaded.engine, text: loaded.text, card: loaded.card });
+    }
+    let how = How {
+        find: Find::of(&args.load),
+        device: args.load.device,
+        dtype: wanted.embedding_dtype,
+        quantization: wanted.embedding_quantization,
+    };
+    for (name, task) in encoders {
+        let loaded = load_encoder::load(name, task, &how)?;
+        report.extend(loaded.report.clone());
+        let is_first = !models.encoders.iter().any(|encoder| encoder.task() == task);
+        let names = match task {
+            EncoderTask::Embed if is_first => wanted.embedding_served_name.clone(),
+            EncoderTask::Rerank => wanted.reranker_served_name.clone(),
+            EncoderTask::Embed => Vec::new(),
+        };
+        models.encoders.push(load_encoder::start(loaded, names, wanted, turn(ComputeClass::Encode))?);
+    }
+    check_names(args, &models)?;
+    Ok((models, report))
+}
+
+/// No name may mean two models.
+fn check_names(args: &ServeArgs, models: &Models) -> anyhow::Result<()> {
+    let mut names: Vec<&str> = args.served_model_name.iter().map(String::as_str).collect();
+    if let Some(generator) = models.generator.as_ref().filter(|_| names.is_empty()) {
+        names.push(&generator.card.root);
+    }
+    for encoder in &models.encoders {
+        for name in &encoder.names {
+            if names.contains(&name.as_str()) {
+                anyhow::bail!(
+                    "two models are called {name:?}; see --served-model-name, --embedding-served-name and \
+                     --reranker-served-name"
+                );
+            }
+            names.push(name);
         }
     }
+    Ok(())
 }
 
-fn place(args: &ServeArgs, listener: &Listener) -> String {
-    match (listener.local_addr(), &args.uds) {
-        (Some(address), _) => format!("http://{address}"),
-        (None, Some(path)) => path.display().to_string(),
-        (None, None) => String::new(),
-    }
-}
-
-fn state(args: &ServeArgs, loaded: Loaded) -> std::io::Result<AppState> {
+fn state(args: &ServeArgs, settings: &TierSettings, models: Models) -> anyhow::Result<AppState> {
     let mut served_names = args.served_model_name.clone();
-    if served_names.is_empty() {
-        served_names.push(loaded.root.clone());
+    match &models.generator {
+        Some(generator) if served_names.is_empty() => served_names.push(generator.card.root.clone()),
+        Some(_) => {}
+        None => served_names.clear(),
     }
-    let config = AppConfig {
+    let encoders = models.encoders.iter().flat_map(|encoder| &encoder.names).cloned();
+    let names: Vec<String> = served_names.iter().cloned().chain(encoders).collect();
+    let mut config = AppConfig {
         served_names,
+        echo_alias: args.tier.echo_alias,
+        traces: args.tier.otlp_traces_endpoint.is_some(),
         api_keys: args.api_key.clone(),
         open_metrics: !args.protect_metrics,
-        host_check: args.uds.is_none() && args.host.is_loopback(),
+        host_check: args.uds.is_none() && only_loopback(args),
         allowed_hosts: args.allowed_hosts.clone(),
         cors_origins: args.allowed_origins.clone(),
         max_body_bytes: args.max_body_bytes,
         default_max_tokens: args.default_max_tokens,
         request_timeout: Duration::from_secs(args.request_timeout),
+        max_inputs: args.encoders.max_client_batch_size,
+        auto_truncate: args.encoders.auto_truncate,
         ..AppConfig::default()
     };
-    AppState::new(config, loaded.engine, loaded.text, ModelCard::new(loaded.root))
+    settings.apply(&mut config, &names)?;
+    Ok(AppState::with_models(config, models)?)
 }

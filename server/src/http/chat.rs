@@ -14,6 +14,7 @@ use super::{
     messages::Conversation,
     new_id,
     params::Common,
+    receipt_headers,
     sse::{self, Events},
     tally::Tally,
     tokens::{self, TokenText},
@@ -24,8 +25,9 @@ use super::{
     validate::Fields,
 };
 use crate::{
-    auth::Tenant,
+    cache,
     error::{ApiError, ApiResult},
+    record::Record,
     state::{AppState, unix_seconds},
 };
 
@@ -39,22 +41,31 @@ use crate::{
 )]
 pub(crate) async fn create(
     State(state): State<AppState>,
-    Extension(tenant): Extension<Tenant>,
+    Extension(record): Extension<Record>,
     request: Request,
 ) -> ApiResult<Response> {
     let mut fields = body::read_fields(&state, request).await?;
-    let common = Common::read(&state, tenant, &mut fields)?;
+    let key = cache::key(&state, record.tenant(), "chat", &fields);
+    if record.wants_prompt() {
+        record.prompt(fields.map().get("messages").map(ToString::to_string).unwrap_or_default());
+    }
+    let common = Common::read(&state, &record, &mut fields)?;
     let logprobs = logprobs(&state, &mut fields)?;
     let max_tokens = limits::max_tokens(&mut fields, "max_completion_tokens", 1)?;
     fields.refuse_unless("echo", "the prompt is not part of a chat answer", |v| v == false)?;
     let conversation = Conversation::read(&state, &mut fields)?;
     let ignored = fields.ignored();
+    if let Some(mut response) = cache::lookup(&state, key.as_ref()).await {
+        record.replayed();
+        ignored_header(&mut response, ignored);
+        return Ok(response);
+    }
 
     let ids = encode(&state, conversation).await?;
     let (prompt, max_tokens) = limits::fit(&state, &common, ids, max_tokens, "messages")?;
     let plan = plan(&common, logprobs, max_tokens);
     let tally = Tally::with_prompts([prompt.len()]);
-    let pieces = submit(&state, &plan, vec![prompt])?;
+    let pieces = submit(&state, &record, &plan, vec![prompt])?;
 
     let head = Head { id: new_id("chatcmpl"), created: unix_seconds(), model: common.model.clone() };
     let text = TokenText::new(&state);
@@ -68,12 +79,13 @@ pub(crate) async fn create(
             started: vec![false; usize::from(common.n)],
             tally,
         };
-        sse::response(&state, pieces, encoder)
+        sse::response(&state, &record, pieces, encoder)
     } else {
-        whole(&state, head, &text, &common, logprobs.is_some(), tally, pieces).await?
+        let work = Work { record: &record, tally, pieces };
+        whole(&state, head, &text, &common, logprobs.is_some(), work).await?
     };
     ignored_header(&mut response, ignored);
-    Ok(response)
+    Ok(cache::keep(&state, key, response).await)
 }
 
 /// Shows what the model would read for a chat request.
@@ -142,18 +154,25 @@ struct Head {
     model: String,
 }
 
+/// What an answer is made from.
+struct Work<'a> {
+    record: &'a Record,
+    tally: Tally,
+    pieces: super::generate::Pieces,
+}
+
 async fn whole(
     state: &AppState,
     head: Head,
     text: &TokenText,
     common: &Common,
     with_logprobs: bool,
-    mut tally: Tally,
-    pieces: super::generate::Pieces,
+    work: Work<'_>,
 ) -> ApiResult<Response> {
+    let Work { record, mut tally, pieces } = work;
     let mut answers: Vec<(String, Vec<TokenEntry>, &'static str)> = Vec::new();
     answers.resize_with(usize::from(common.n), Default::default);
-    collect(state, pieces, |piece| {
+    collect(state, record, pieces, |piece| {
         let (choice, piece_text, tokens, reason, counts) = match piece {
             Piece::Prompt { .. } => return,
             Piece::Delta { choice, text, tokens, counts } => (choice, text, tokens, "", counts),
@@ -186,7 +205,9 @@ async fn whole(
         choices,
         usage: tally.usage(),
     };
-    Ok(axum::response::IntoResponse::into_response(Json(answer)))
+    let mut response = axum::response::IntoResponse::into_response(Json(&answer));
+    receipt_headers(&mut response, &answer.usage);
+    Ok(response)
 }
 
 fn chat_logprobs(text: &TokenText, tokens: &[TokenEntry]) -> ChatLogprobs {

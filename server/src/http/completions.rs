@@ -15,6 +15,7 @@ use super::{
     generate::{Piece, Plan, TokenEntry, submit},
     ignored_header, limits, new_id,
     params::Common,
+    receipt_headers,
     sse::{self, Events},
     tally::Tally,
     tokens::{self, TokenText},
@@ -22,8 +23,9 @@ use super::{
     validate::{self, Fields, kind_of},
 };
 use crate::{
-    auth::Tenant,
+    cache,
     error::{ApiError, ApiResult},
+    record::Record,
     state::{AppState, unix_seconds},
     text::{Detokenizer, Specials},
 };
@@ -38,17 +40,26 @@ use crate::{
 )]
 pub(crate) async fn create(
     State(state): State<AppState>,
-    Extension(tenant): Extension<Tenant>,
+    Extension(record): Extension<Record>,
     request: Request,
 ) -> ApiResult<Response> {
     let mut fields = body::read_fields(&state, request).await?;
-    let common = Common::read(&state, tenant, &mut fields)?;
+    let key = cache::key(&state, record.tenant(), "completions", &fields);
+    if record.wants_prompt() {
+        record.prompt(fields.map().get("prompt").map(ToString::to_string).unwrap_or_default());
+    }
+    let common = Common::read(&state, &record, &mut fields)?;
     let echo = fields.bool("echo")?.unwrap_or(false);
     let logprobs = logprobs(&state, &mut fields)?;
     let max_tokens = limits::max_tokens(&mut fields, "max_completion_tokens", u32::from(!echo))?;
     let add_special_tokens = fields.bool("add_special_tokens")?.unwrap_or(true);
     let prompts = read_prompts(&state, &mut fields)?;
     let ignored = fields.ignored();
+    if let Some(mut response) = cache::lookup(&state, key.as_ref()).await {
+        record.replayed();
+        ignored_header(&mut response, ignored);
+        return Ok(response);
+    }
 
     let (all_ids, texts) = encode(&state, prompts, add_special_tokens).await?;
     let mut ids = Vec::with_capacity(all_ids.len());
@@ -81,7 +92,7 @@ pub(crate) async fn create(
     };
     let tally = Tally::with_prompts(ids.iter().map(Vec::len));
     let num_choices = ids.len().saturating_mul(usize::from(common.n));
-    let pieces = submit(&state, &plan, ids)?;
+    let pieces = submit(&state, &record, &plan, ids)?;
 
     let head = Head { id: new_id("cmpl"), created: unix_seconds(), model: common.model.clone() };
     let writer = Writer {
@@ -99,12 +110,12 @@ pub(crate) async fn create(
             include_usage: common.include_usage,
             continuous_usage: common.continuous_usage,
         };
-        sse::response(&state, pieces, encoder)
+        sse::response(&state, &record, pieces, encoder)
     } else {
-        whole(&state, &head, writer, pieces).await?
+        whole(&state, &record, &head, writer, pieces).await?
     };
     ignored_header(&mut response, ignored);
-    Ok(response)
+    Ok(cache::keep(&state, key, response).await)
 }
 
 fn logprobs(state: &AppState, fields: &mut Fields) -> ApiResult<Option<u8>> {
@@ -329,6 +340,7 @@ impl CompletionLogprobs {
 
 async fn whole(
     state: &AppState,
+    record: &Record,
     head: &Head,
     mut writer: Writer,
     pieces: super::generate::Pieces,
@@ -340,7 +352,7 @@ async fn whole(
         finish_reason: None,
     };
     let mut choices: Vec<CompletionChoice> = (0..writer.started.len()).map(empty).collect();
-    collect(state, pieces, |piece| {
+    collect(state, record, pieces, |piece| {
         let Some(part) = writer.take(piece) else { return };
         let Some(choice) = choices.get_mut(part.index) else { return };
         choice.text.push_str(&part.text);
@@ -351,8 +363,11 @@ async fn whole(
     })
     .await?;
     let mut body = head.body(choices);
-    body.usage = Some(Some(writer.tally.usage()));
-    Ok(Json(body).into_response())
+    let usage = writer.tally.usage();
+    body.usage = Some(Some(usage.clone()));
+    let mut response = Json(body).into_response();
+    receipt_headers(&mut response, &usage);
+    Ok(response)
 }
 
 struct CompletionEncoder {

@@ -18,7 +18,9 @@ use tracing::Instrument;
 use crate::{
     error::{ApiError, ErrorKind},
     metrics::method_label,
+    record::RequestId,
     state::AppState,
+    telemetry,
 };
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -42,17 +44,32 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 }
 
 /// Gives the request an id, logs its end and counts it. Neither prompts nor keys are logged.
-pub(crate) async fn observe(State(state): State<AppState>, request: Request, next: Next) -> Response {
+pub(crate) async fn observe(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(request.headers());
+    request.extensions_mut().insert(RequestId(id.to_str().unwrap_or("").to_owned()));
     let method = method_label(request.method());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
-    let span = tracing::info_span!("request", request_id = id.to_str().unwrap_or(""), method, route);
+    let span = tracing::info_span!(
+        "request",
+        request_id = id.to_str().unwrap_or(""),
+        method,
+        route,
+        otel.kind = tracing::field::Empty,
+        otel.name = tracing::field::Empty,
+        otel.status_code = tracing::field::Empty,
+    );
+    if state.config().traces {
+        telemetry::begin(&span, method, route, request.headers());
+    }
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(X_REQUEST_ID, id);
     let status = response.status().as_u16();
     state.metrics().http_request(method, route, status);
+    if state.config().traces {
+        telemetry::http_status(&span, method, route, status);
+    }
     span.in_scope(|| {
         let seconds = started.elapsed().as_secs_f64();
         if status >= 500 {

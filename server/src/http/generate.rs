@@ -5,16 +5,25 @@
 //! probabilities with the text they belong to. Because streamed and whole answers are made of the same pieces, they
 //! are the same text. Dropping the stream of pieces drops the engine's stream, which aborts the request.
 
-use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Instant};
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::{Stream, stream};
-use ingle_engine::{FinishReason, Request, SubmitError, TokenEvent, TokenLogprobs, TokenStream, Usage};
+use ingle_engine::{
+    FinishReason, Request, SubmitError, TokenEvent, TokenLogprobs, TokenStream, Usage, ValidatedRequest,
+};
 
 use crate::{
     error::{self, ApiError, ApiResult, ErrorKind},
-    metrics::RequestTimes,
+    metrics::{Refusal, RequestTimes},
+    record::{Progress, Record},
     state::AppState,
     text::{Detokenizer, StopMatcher},
+    tier::admission::{self, Place},
 };
 
 /// One token with its log probabilities.
@@ -46,6 +55,9 @@ pub(crate) struct Counts {
     pub(crate) prompt_tokens: u32,
     pub(crate) cached_tokens: u32,
     pub(crate) completion_tokens: u32,
+    pub(crate) queue: Duration,
+    pub(crate) prefill: Duration,
+    pub(crate) decode: Duration,
 }
 
 /// A stream of pieces; ends after the last `Finish`, or with the first error.
@@ -65,23 +77,32 @@ pub(crate) struct Plan {
 /// Hands `prompts` to the engine. All are accepted, or none is.
 ///
 /// # Errors
-/// 400 for what cannot run, 429 when the queue is full, 503 when the engine takes nothing.
-pub(crate) fn submit(state: &AppState, plan: &Plan, prompts: Vec<Vec<u32>>) -> ApiResult<Pieces> {
+/// 400 for what cannot run, 429 when there is too much to do, for the server, the key or the caller's time, 503 when
+/// the engine takes nothing.
+pub(crate) fn submit(
+    state: &AppState,
+    record: &Record,
+    plan: &Plan,
+    prompts: Vec<Vec<u32>>,
+) -> ApiResult<Pieces> {
     let started = Instant::now();
-    if state.is_draining() {
-        return Err(error::draining());
-    }
     let mut valid = Vec::with_capacity(prompts.len());
     for prompt in prompts {
         let request = Request { prompt, ..plan.request.clone() };
         valid.push(request.validate(state.limits())?);
     }
+    let places = admit(state, record, &valid)?;
+    let tokens = valid.iter().map(|request| request.get().prompt.len() as u64).sum();
     let mut drivers = Vec::with_capacity(valid.len());
-    for (prompt, request) in valid.into_iter().enumerate() {
+    for ((prompt, request), place) in valid.into_iter().enumerate().zip(places) {
         let prompt_tokens = u32::try_from(request.get().prompt.len()).unwrap_or(u32::MAX);
         // An early return drops the streams of the prompts before, which aborts them.
-        let stream = state.engine().submit(request).map_err(|refusal| refused(state, &refusal))?;
-        drivers.push(Driver::new(state.clone(), plan, stream, prompt, prompt_tokens, started).into_stream());
+        let stream = state.engine().submit(request).map_err(|refusal| {
+            state.tier().refund(started, record.tenant(), tokens);
+            refused(state, record, &refusal)
+        })?;
+        let source = Source { stream, prompt, prompt_tokens, place, record: record.clone(), started };
+        drivers.push(Driver::new(state.clone(), plan, source).into_stream());
     }
     Ok(match drivers.pop() {
         Some(only) if drivers.is_empty() => only,
@@ -89,17 +110,68 @@ pub(crate) fn submit(state: &AppState, plan: &Plan, prompts: Vec<Vec<u32>>) -> A
     })
 }
 
-fn refused(state: &AppState, refusal: &SubmitError) -> ApiError {
+/// Decides whether the request is worth taking now, and takes its places in the line of tokens.
+fn admit(state: &AppState, record: &Record, requests: &[ValidatedRequest]) -> ApiResult<Vec<Place>> {
+    let (now, tier) = (Instant::now(), state.tier());
+    let lengths = requests.iter().map(|request| request.get().prompt.len() as u64);
+    let tokens = lengths.clone().sum();
+    let load = state.load();
+    if let Some(left) = record.time_left() {
+        let predicted = admission::predict_first_token(load, tier.pace(now, &record.served()), tokens);
+        if let Some(predicted) = predicted.filter(|predicted| *predicted > left) {
+            state.metrics().refused(Refusal::Deadline);
+            let message = format!(
+                "The first token is expected after {:.1} s, and the request has {:.1} s left.",
+                predicted.as_secs_f64(),
+                left.as_secs_f64()
+            );
+            return Err(ApiError::new(ErrorKind::DeadlineUnreachable, message)
+                .with_retry_after(admission::round_up((predicted - left).as_secs_f64())));
+        }
+    }
+    let mut places = Vec::with_capacity(requests.len());
+    for length in lengths {
+        match tier.backlog().enter(length, tier.config().max_queued_tokens) {
+            Some(place) => places.push(place),
+            None => {
+                state.metrics().refused(Refusal::QueueTokens);
+                let waiting = tier.backlog().tokens();
+                let message = format!("The server is overloaded: {waiting} prompt tokens are waiting.");
+                return Err(overloaded(state, record, message));
+            }
+        }
+    }
+    admit_key(state, record, tokens)?;
+    Ok(places)
+}
+
+/// Takes what the request needs from its key's limits.
+///
+/// # Errors
+/// 429 if there is not enough.
+pub(crate) fn admit_key(state: &AppState, record: &Record, tokens: u64) -> ApiResult<()> {
+    state.tier().admit_key(Instant::now(), record.tenant(), tokens).map_err(|exceeded| {
+        record.not_our_doing();
+        state.metrics().refused(Refusal::KeyLimit);
+        let message = format!("This API key may use {} {} a minute.", exceeded.limit, exceeded.what);
+        ApiError::new(ErrorKind::RateLimited, message)
+            .with_retry_after(admission::round_up(exceeded.wait.as_secs_f64()))
+    })
+}
+
+/// The 429 of a full queue, with the time those who wait will take.
+fn overloaded(state: &AppState, record: &Record, message: String) -> ApiError {
+    let tier = state.tier();
+    let pace = tier.pace(Instant::now(), &record.served());
+    let seconds = admission::retry_after(state.load(), pace);
+    ApiError::new(ErrorKind::Overloaded, message).with_retry_after(seconds)
+}
+
+fn refused(state: &AppState, record: &Record, refusal: &SubmitError) -> ApiError {
     match refusal {
         SubmitError::QueueFull { waiting } => {
-            state.metrics().refused();
-            let running = state.engine().stats().running.max(1);
-            let seconds = (waiting / running).clamp(1, 30);
-            ApiError::new(
-                ErrorKind::Overloaded,
-                format!("The server is overloaded: {waiting} requests are waiting."),
-            )
-            .with_retry_after(u32::try_from(seconds).unwrap_or(30))
+            state.metrics().refused(Refusal::QueueFull);
+            overloaded(state, record, format!("The server is overloaded: {waiting} requests are waiting."))
         }
         SubmitError::Draining => error::draining(),
         SubmitError::Dead => error::engine_dead(),
@@ -126,6 +198,20 @@ struct Driver {
     times: RequestTimes,
     ready: VecDeque<Piece>,
     last_usage: Option<Usage>,
+    record: Record,
+    place: Place,
+    started: Instant,
+    first_token: Option<Instant>,
+}
+
+/// What a driver begins with.
+struct Source {
+    stream: TokenStream,
+    prompt: usize,
+    prompt_tokens: u32,
+    place: Place,
+    record: Record,
+    started: Instant,
 }
 
 /// One choice on its way from ids to text.
@@ -142,14 +228,8 @@ struct Choice {
 }
 
 impl Driver {
-    fn new(
-        state: AppState,
-        plan: &Plan,
-        stream: TokenStream,
-        prompt: usize,
-        prompt_tokens: u32,
-        started: Instant,
-    ) -> Self {
+    fn new(state: AppState, plan: &Plan, source: Source) -> Self {
+        let Source { stream, prompt, prompt_tokens, place, record, started } = source;
         let tokenizer = Arc::clone(&state.text().tokenizer);
         let choice = || Choice {
             detokenizer: if plan.continues_text {
@@ -175,6 +255,10 @@ impl Driver {
             times,
             ready: VecDeque::new(),
             last_usage: None,
+            record,
+            place,
+            started,
+            first_token: None,
         }
     }
 
@@ -197,17 +281,15 @@ impl Driver {
             let event = self.stream.as_mut()?.next().await;
             match event {
                 None => {
-                    self.stream = None;
-                    self.times.failed();
+                    self.failed();
                     return Some(Err(ApiError::internal(&"the engine's stream ended too early")));
                 }
                 Some(TokenEvent::Failed(failure)) => {
-                    self.stream = None;
-                    self.times.failed();
+                    self.failed();
                     return Some(Err(failure.into()));
                 }
                 Some(TokenEvent::PromptLogprobs(logprobs)) => {
-                    self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
+                    self.begun();
                     return Some(Ok(Piece::Prompt { prompt: self.prompt, logprobs }));
                 }
                 Some(TokenEvent::Token { choice, id, logprobs }) => self.token(choice, id, logprobs),
@@ -216,11 +298,33 @@ impl Driver {
         }
     }
 
+    /// The prompt was computed.
+    fn begun(&mut self) {
+        self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
+        self.place.leave();
+        let now = Instant::now();
+        let first = *self.first_token.get_or_insert(now);
+        if let Some(stream) = &self.stream {
+            self.counts.cached_tokens = stream.cached_tokens();
+            self.counts.queue = stream.queue_time();
+        }
+        self.counts.prefill = first.saturating_duration_since(self.started).saturating_sub(self.counts.queue);
+        self.counts.decode = now.saturating_duration_since(first);
+    }
+
+    fn failed(&mut self) {
+        self.stream = None;
+        self.times.failed();
+        self.record.failed();
+    }
+
     fn token(&mut self, choice: u16, id: u32, logprobs: Option<TokenLogprobs>) {
         let idx = usize::from(choice);
-        let Some(slot) = self.choices.get_mut(idx).filter(|slot| !slot.done) else { return };
-        self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
-        self.counts.cached_tokens = self.stream.as_ref().map_or(0, TokenStream::cached_tokens);
+        if self.choices.get(idx).is_none_or(|slot| slot.done) {
+            return;
+        }
+        self.begun();
+        let Some(slot) = self.choices.get_mut(idx) else { return };
         self.times.token(self.state.metrics(), idx);
         self.counts.completion_tokens = self.counts.completion_tokens.saturating_add(1);
         let text = slot.detokenizer.push(id);
@@ -233,9 +337,9 @@ impl Driver {
     }
 
     fn finished(&mut self, choice: u16, reason: FinishReason, usage: Usage) {
+        self.begun();
         self.counts.cached_tokens = usage.cached_tokens;
         self.last_usage = Some(usage);
-        self.times.prompt(self.state.metrics(), self.counts.prompt_tokens);
         let idx = usize::from(choice);
         let Some(slot) = self.choices.get_mut(idx).filter(|slot| !slot.done) else { return };
         let mut reason = match reason {
@@ -282,13 +386,38 @@ impl Driver {
         if all_done {
             self.stream = None;
             self.times.finish(self.state.metrics(), reason, self.counts, self.last_usage);
+            self.report();
+            self.record.finished(reason);
         }
         self.ready.push_back(Piece::Finish { choice, text, tokens, reason, counts: self.counts });
     }
 }
 
+impl Driver {
+    /// Tells the record how far this prompt is.
+    fn report(&self) {
+        let counts = self.counts;
+        let first_token = self.first_token.map(|first| {
+            // From the request's arrival, with the time before it was handed over.
+            let since = first.elapsed();
+            self.record.since_arrival().saturating_sub(since)
+        });
+        let progress = Progress {
+            prompt_tokens: counts.prompt_tokens,
+            cached_tokens: counts.cached_tokens,
+            completion_tokens: counts.completion_tokens,
+            queue: counts.queue,
+            prefill: counts.prefill,
+            decode: counts.decode,
+            first_token,
+        };
+        self.record.progress(counts.prompt, progress);
+    }
+}
+
 impl Drop for Driver {
     fn drop(&mut self) {
+        self.report();
         self.times.report(self.state.metrics());
     }
 }

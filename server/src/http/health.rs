@@ -32,7 +32,7 @@ pub(crate) async fn ready(State(state): State<AppState>) -> ApiResult<Json<Healt
     if state.is_draining() {
         return Err(draining());
     }
-    match state.engine().health() {
+    match state.health() {
         Health::Ready => Ok(Json(HealthBody { status: "ready" })),
         Health::Draining => Err(draining()),
         Health::Dead => Err(engine_dead()),
@@ -55,8 +55,10 @@ pub(crate) async fn version() -> Json<VersionBody> {
 #[utoipa::path(get, path = "/metrics", tag = "server",
     responses((status = 200, description = "The metrics.", content_type = "text/plain", body = String)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Response {
-    let ready = !state.is_draining() && is_ready(&state.engine().health());
-    let text = state.metrics().render(&state.engine().stats(), ready);
+    let ready = !state.is_draining() && is_ready(&state.health());
+    let stats = state.generator().map(|generator| generator.engine.stats()).unwrap_or_default();
+    state.metrics().tier(&state);
+    let text = state.metrics().render(&stats, ready, state.encoders(), state.arbiter());
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

@@ -7,6 +7,8 @@ pub(crate) mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod edge;
+pub(crate) mod encode;
+pub(crate) mod encode_types;
 pub(crate) mod generate;
 pub(crate) mod health;
 pub(crate) mod limits;
@@ -16,13 +18,16 @@ pub(crate) mod openapi;
 pub(crate) mod params;
 pub(crate) mod sse;
 pub(crate) mod tally;
+pub(crate) mod tier;
 pub(crate) mod tokenize;
 pub(crate) mod tokens;
 pub mod types;
 pub(crate) mod validate;
 
+use std::time::Duration;
+
 use axum::{
-    Router,
+    Extension, Router,
     http::{HeaderName, HeaderValue, Method, header},
     middleware::{from_fn, from_fn_with_state},
     response::Response,
@@ -34,23 +39,44 @@ use tower_http::{catch_panic::CatchPanicLayer, cors::CorsLayer};
 use crate::{
     auth,
     error::{ApiError, ApiResult, ErrorKind, draining},
-    state::AppState,
+    record::{self, Record},
+    state::{AppState, View},
 };
 use generate::{Piece, Pieces};
 
 /// What `system_fingerprint` says: the answers of one version are comparable.
 pub(crate) const FINGERPRINT: &str = concat!("ingle-", env!("CARGO_PKG_VERSION"));
 
-/// Every route: its path and its methods.
-fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
+type Routes = Vec<(&'static str, MethodRouter<AppState>)>;
+
+/// The routes of a model that generates: its path and its methods. `generates`: there is one.
+fn generating_routes(generates: bool) -> Routes {
+    let route = |path, methods| (path, if generates { methods } else { post(encode::refuse_generation) });
     vec![
-        ("/v1/chat/completions", post(chat::create)),
-        ("/v1/chat/completions/render", post(chat::render)),
-        ("/v1/completions", post(completions::create)),
+        route("/v1/chat/completions", post(chat::create)),
+        route("/v1/chat/completions/render", post(chat::render)),
+        route("/v1/completions", post(completions::create)),
+        route("/tokenize", post(tokenize::tokenize)),
+        route("/detokenize", post(tokenize::detokenize)),
+    ]
+}
+
+/// All other routes.
+fn other_routes() -> Routes {
+    vec![
+        ("/v1/embeddings", post(encode::embeddings::create)),
+        ("/v1/rerank", post(encode::rerank::create)),
+        ("/v2/rerank", post(encode::rerank::create)),
+        ("/rerank", post(encode::rerank::create)),
+        ("/v1/score", post(encode::score::create)),
+        ("/score", post(encode::score::create)),
+        ("/embed", post(encode::tei::embed)),
+        ("/similarity", post(encode::tei::similarity)),
+        ("/info", get(encode::tei::info)),
         ("/v1/models", get(models::list)),
         ("/v1/models/{*id}", get(models::one)),
-        ("/tokenize", post(tokenize::tokenize)),
-        ("/detokenize", post(tokenize::detokenize)),
+        ("/tier", get(tier::tier)),
+        ("/usage", get(tier::usage)),
         ("/health", get(health::live)),
         ("/ready", get(health::ready)),
         ("/version", get(health::version)),
@@ -63,7 +89,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
 /// The paths of all routes, for tests that walk them.
 #[must_use]
 pub fn paths() -> Vec<&'static str> {
-    routes().into_iter().map(|(path, _)| path).collect()
+    generating_routes(true).into_iter().chain(other_routes()).map(|(path, _)| path).collect()
 }
 
 /// What answers while the model is loaded: `/health` lives, all else is not ready.
@@ -75,26 +101,32 @@ pub(crate) fn waiting_app() -> Router {
 
 /// The whole application. See the module's words for the order of things.
 pub fn app(state: AppState) -> Router {
-    build(routes(), state)
+    app_of(state, View::All)
+}
+
+/// The application as an address of `view` serves it.
+pub(crate) fn app_of(state: AppState, view: View) -> Router {
+    build(Vec::new(), state, view)
 }
 
 /// [`app`] with routes that panic, one before and one after the head of its answer.
 #[cfg(feature = "testing")]
 pub fn app_with_faults(state: AppState) -> Router {
-    let mut routes = routes();
-    routes.push(("/fault/panic", get(health::fault)));
-    build(routes, state)
+    build(vec![("/fault/panic", get(health::fault))], state, View::All)
 }
 
-fn build(routes: Vec<(&'static str, MethodRouter<AppState>)>, state: AppState) -> Router {
+fn build(more: Routes, state: AppState, view: View) -> Router {
+    let generates = state.generator().is_some() && view == View::All;
     let mut router = Router::new();
-    for (path, methods) in routes {
+    for (path, methods) in generating_routes(generates).into_iter().chain(other_routes()).chain(more) {
         router = router.route(path, methods);
     }
     let panics = state.clone();
     let mut router = router
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(state.clone(), record::keep))
+        .layer(Extension(view))
         .layer(from_fn_with_state(state.clone(), auth::require_key))
         .layer(from_fn_with_state(state.clone(), auth::check_host))
         .layer(from_fn(edge::refuse_odd_framing));
@@ -133,6 +165,25 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
     Some(layer.allow_origin(list))
 }
 
+/// Tells a program that reads no bodies where the time went.
+pub(crate) fn receipt_headers(response: &mut Response, usage: &types::UsageBody) {
+    let receipt = &usage.receipt;
+    let timing = format!(
+        "queue;dur={:.3}, prefill;dur={:.3}, decode;dur={:.3}",
+        receipt.queue_ms, receipt.prefill_ms, receipt.decode_ms
+    );
+    let mut set = |name: &'static str, value: String| {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response.headers_mut().insert(HeaderName::from_static(name), value);
+        }
+    };
+    set("server-timing", timing);
+    set("x-ingle-cached-tokens", usage.prompt_tokens_details.cached_tokens.to_string());
+    if let Some(rate) = receipt.tokens_per_second {
+        set("x-ingle-tokens-per-second", format!("{rate:.2}"));
+    }
+}
+
 const X_IGNORED_PARAMS: HeaderName = HeaderName::from_static("x-ignored-params");
 
 /// Tells the client which parameters had no effect.
@@ -148,11 +199,11 @@ pub(crate) fn new_id(prefix: &str) -> String {
 }
 
 /// What a request that ran out of time is told.
-pub(crate) fn deadline(state: &AppState) -> ApiError {
-    let seconds = state.config().request_timeout.as_secs();
+pub(crate) fn deadline(limit: Duration) -> ApiError {
+    let seconds = limit.as_secs_f64();
     ApiError::new(
         ErrorKind::Deadline,
-        format!("The request took longer than {seconds} seconds, the limit of this server."),
+        format!("The request took longer than the {seconds:.1} seconds it had."),
     )
 }
 
@@ -162,6 +213,7 @@ pub(crate) fn deadline(state: &AppState) -> ApiError {
 /// The request's failure, the deadline, or the end of the server.
 pub(crate) async fn collect(
     state: &AppState,
+    record: &Record,
     mut pieces: Pieces,
     mut take: impl FnMut(Piece),
 ) -> ApiResult<()> {
@@ -171,9 +223,10 @@ pub(crate) async fn collect(
         }
         Ok(())
     };
+    let limit = record.limit();
     tokio::select! {
-        result = tokio::time::timeout(state.config().request_timeout, all) => {
-            result.unwrap_or_else(|_| Err(deadline(state)))
+        result = tokio::time::timeout(limit, all) => {
+            result.unwrap_or_else(|_| Err(deadline(limit)))
         }
         () = state.cut().cancelled() => Err(draining()),
     }

@@ -1,36 +1,70 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`. Names are looked up in a list and never become paths.
 
+use std::time::Instant;
+
 use axum::{
-    Json,
+    Extension, Json,
     extract::{Path, State},
 };
+use ingle_engine::embed::EncoderTask;
 
 use super::{
     params::unknown_model,
     types::{ModelList, ModelObject},
 };
-use crate::{error::ApiResult, state::AppState};
+use crate::{
+    error::ApiResult,
+    state::{AppState, View},
+};
 
-fn object(state: &AppState, id: &str) -> ModelObject {
-    let card = state.card();
-    let main = state.default_model();
-    ModelObject {
-        id: id.to_owned(),
-        object: "model",
-        created: card.created,
-        owned_by: card.owned_by.clone(),
-        root: card.root.clone(),
-        parent: (id != main).then(|| main.to_owned()),
-        max_model_len: state.limits().max_model_len,
+/// The task as `/v1/models` and errors name it.
+pub(crate) fn task_name(task: EncoderTask) -> &'static str {
+    match task {
+        EncoderTask::Embed => "embed",
+        EncoderTask::Rerank => "rerank",
     }
+}
+
+/// The task of a model that generates.
+pub(crate) const GENERATE: &str = "generate";
+
+/// Every name that `view` shows, the main model's own first, aliases last.
+fn objects(state: &AppState, view: View) -> Vec<ModelObject> {
+    let now = Instant::now();
+    let object = |(name, own): (String, String)| {
+        let encoder = state.encoders().iter().find(|encoder| encoder.name() == own);
+        let (card, task, max_model_len, dimensions) = match (encoder, state.generator()) {
+            (Some(encoder), _) => {
+                let info = encoder.handle.info();
+                let dimensions = (info.task == EncoderTask::Embed).then_some(info.dimensions);
+                (&encoder.card, task_name(info.task), info.max_seq_len, dimensions)
+            }
+            (None, Some(generator)) if view == View::All => {
+                (&generator.card, GENERATE, state.limits().max_model_len, None)
+            }
+            (None, _) => return None,
+        };
+        Some(ModelObject {
+            object: "model",
+            created: card.created,
+            owned_by: card.owned_by.clone(),
+            root: card.root.clone(),
+            parent: (name != own).then(|| own.clone()),
+            max_model_len,
+            task,
+            dimensions,
+            tier_card: state.tier().card(now, &own, &name),
+            id: name,
+        })
+    };
+    state.names().into_iter().filter_map(object).collect()
 }
 
 /// Lists every served name.
 #[utoipa::path(get, path = "/v1/models", tag = "models",
     responses((status = 200, description = "All names.", body = ModelList)))]
-pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
-    let data = state.config().served_names.iter().map(|name| object(&state, name)).collect();
-    Json(ModelList { object: "list", data })
+pub(crate) async fn list(State(state): State<AppState>, Extension(view): Extension<View>) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: objects(&state, view) })
 }
 
 /// Describes one name; slashes in it may be encoded or not.
@@ -41,10 +75,8 @@ pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
     ))]
 pub(crate) async fn one(
     State(state): State<AppState>,
+    Extension(view): Extension<View>,
     Path(id): Path<String>,
 ) -> ApiResult<Json<ModelObject>> {
-    if state.config().served_names.contains(&id) {
-        return Ok(Json(object(&state, &id)));
-    }
-    Err(unknown_model(&id))
+    objects(&state, view).into_iter().find(|model| model.id == id).map(Json).ok_or_else(|| unknown_model(&id))
 }

@@ -12,7 +12,11 @@ use utoipa::{
     openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme},
 };
 
-use super::{chat, completions, health, models, tokenize, types};
+use super::{
+    chat, completions,
+    encode::{embeddings, rerank, score, tei},
+    health, models, tier, tokenize, types,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -24,10 +28,11 @@ use super::{chat, completions, health, models, tokenize, types};
     ),
     paths(
         chat::create, chat::render, completions::create, models::list, models::one, tokenize::tokenize,
-        tokenize::detokenize, health::live, health::ready, health::version, health::metrics
+        tokenize::detokenize, embeddings::create, rerank::create, score::create, tei::embed, tei::similarity,
+        tei::info, health::live, health::ready, health::version, health::metrics, tier::tier, tier::usage
     ),
     components(schemas(types::ChatChunk<'static>)),
-    modifiers(&Keys)
+    modifiers(&Keys, &Aliases)
 )]
 struct Document;
 
@@ -40,6 +45,21 @@ impl Modify for Keys {
         let components = document.components.get_or_insert_default();
         components.add_security_scheme(NAME, SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
         document.security = Some(vec![SecurityRequirement::new(NAME, Vec::<String>::new())]);
+    }
+}
+
+/// Describes routes that are another one under a second name.
+struct Aliases;
+
+impl Modify for Aliases {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        for (alias, path) in
+            [("/rerank", "/v1/rerank"), ("/v2/rerank", "/v1/rerank"), ("/score", "/v1/score")]
+        {
+            if let Some(item) = document.paths.paths.get(path).cloned() {
+                document.paths.paths.insert(alias.to_owned(), item);
+            }
+        }
     }
 }
 

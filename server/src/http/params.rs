@@ -4,11 +4,13 @@ use ingle_engine::{Limits, SamplingParams};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::models::task_name;
 use super::validate::{Fields, integer};
 use crate::{
     auth::Tenant,
     error::{ApiError, ApiResult, ErrorKind, quote},
-    state::AppState,
+    record::Record,
+    state::{AppState, ModelName},
 };
 
 /// Bytes of a stop string at most.
@@ -19,7 +21,7 @@ const MAX_SALT_BYTES: usize = 256;
 /// What chat and completions have in common.
 #[derive(Debug)]
 pub(crate) struct Common {
-    /// The name the client used, for the answer.
+    /// The name for the answer.
     pub(crate) model: String,
     pub(crate) sampling: SamplingParams,
     pub(crate) n: u16,
@@ -108,13 +110,21 @@ fn is_neutral(name: &str, value: &Value) -> bool {
 }
 
 /// Finds the model a request names: `None` and the empty name mean the default one.
-pub(crate) fn model(state: &AppState, fields: &mut Fields) -> ApiResult<String> {
-    match fields.string("model")? {
-        None => Ok(state.default_model().to_owned()),
-        Some(name) if name.is_empty() => Ok(state.default_model().to_owned()),
-        Some(name) if state.config().served_names.contains(&name) => Ok(name),
-        Some(name) => Err(unknown_model(&name)),
+pub(crate) fn model(state: &AppState, fields: &mut Fields) -> ApiResult<ModelName> {
+    let asked = fields.string("model")?.filter(|name| !name.is_empty());
+    let asked = asked.unwrap_or_else(|| state.default_model().to_owned());
+    let name = state.resolve(&asked).ok_or_else(|| unknown_model(&asked))?;
+    match state.encoders().iter().find(|encoder| encoder.name() == name.served) {
+        Some(encoder) => Err(wrong_task(&asked, task_name(encoder.task()), "generates text")),
+        None => Ok(name),
     }
+}
+
+/// The 400 of a model that is asked for what it does not do.
+pub(crate) fn wrong_task(name: &str, task: &str, wanted: &str) -> ApiError {
+    let message =
+        format!("The model '{}' has the task '{task}'; this route needs a model that {wanted}.", quote(name));
+    ApiError::invalid("model", message)
 }
 
 /// The 404 of a model nobody serves.
@@ -125,9 +135,14 @@ pub(crate) fn unknown_model(name: &str) -> ApiError {
 
 impl Common {
     /// Reads everything both routes know. `logprobs` is left to the caller: the two routes spell it differently.
-    pub(crate) fn read(state: &AppState, tenant: Tenant, fields: &mut Fields) -> ApiResult<Self> {
+    pub(crate) fn read(state: &AppState, record: &Record, fields: &mut Fields) -> ApiResult<Self> {
         let limits = state.limits();
-        let model = model(state, fields)?;
+        let name = model(state, fields)?;
+        record.model(&name.asked, &name.served);
+        let model = name.answer;
+        record.give_time(
+            fields.float("timeout", "of seconds above 0, up to 86400", |x| x > 0.0 && x <= 86_400.0)?,
+        );
         for (name, why) in NOT_BUILT {
             if let Some(value) = fields.take(name)
                 && !is_neutral(name, &value)
@@ -139,11 +154,12 @@ impl Common {
         fields.string("user")?;
         let stream = fields.bool("stream")?.unwrap_or(false);
         let (include_usage, continuous_usage) = stream_options(stream, fields)?;
+        record.is_stream(stream);
         let n = fields.int("n", 1, limits.max_n as i128)?.unwrap_or(1);
         let sampling = sampling(limits, fields)?;
         let stop = stop_strings(state, fields)?;
         let priority = fields.int("priority", i32::MIN.into(), i32::MAX.into())?.unwrap_or(0);
-        let cache_salt = cache_salt(tenant, fields)?;
+        let cache_salt = cache_salt(record.tenant(), fields)?;
         let skip_special = fields.bool("skip_special_tokens")?.unwrap_or(true);
         let truncate_prompt = fields.int("truncate_prompt_tokens", -1, limits.max_model_len as i128)?;
         let truncate_prompt = match truncate_prompt {

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::generate::{Piece, Pieces};
 use crate::{
     error::{ApiError, draining},
+    record::Record,
     state::AppState,
 };
 
@@ -64,9 +65,16 @@ impl Events {
 }
 
 /// The streaming answer.
-pub(crate) fn response(state: &AppState, pieces: Pieces, mut encoder: impl Encoder) -> Response {
+pub(crate) fn response(
+    state: &AppState,
+    record: &Record,
+    pieces: Pieces,
+    mut encoder: impl Encoder,
+) -> Response {
     let keep_alive = state.config().sse_keep_alive;
-    let deadline = Instant::now() + state.config().request_timeout;
+    let limit = record.limit();
+    let deadline = Instant::now() + limit;
+    let record = record.clone();
     let state = state.clone();
     let events = async_stream::stream! {
         let mut out = Events::default();
@@ -75,7 +83,7 @@ pub(crate) fn response(state: &AppState, pieces: Pieces, mut encoder: impl Encod
             let next = tokio::select! {
                 biased;
                 () = state.cut().cancelled() => Next::Failed(draining()),
-                () = sleep_until(deadline) => Next::Failed(super::deadline(&state)),
+                () = sleep_until(deadline) => Next::Failed(super::deadline(limit)),
                 batch = AssertUnwindSafe(batches.next()).catch_unwind() => match batch {
                     Ok(Some(batch)) => Next::Pieces(batch),
                     Ok(None) => Next::End,
@@ -95,6 +103,7 @@ pub(crate) fn response(state: &AppState, pieces: Pieces, mut encoder: impl Encod
                     break;
                 }
                 Next::Failed(error) => {
+                    record.failed();
                     out.error(&error);
                     yield out.take();
                     break;

@@ -1,8 +1,10 @@
 //! The usage of a whole request, put together from the counts of its prompts.
 
+use std::time::Duration;
+
 use super::{
     generate::Counts,
-    types::{PromptTokensDetails, UsageBody},
+    types::{PromptTokensDetails, Receipt, UsageBody},
 };
 
 /// The latest counts of each prompt.
@@ -41,6 +43,21 @@ impl Tally {
             completion_tokens,
             total_tokens: prompt_tokens.saturating_add(completion_tokens),
             prompt_tokens_details: PromptTokensDetails { cached_tokens: sum(|counts| counts.cached_tokens) },
+            receipt: self.receipt(completion_tokens),
+        }
+    }
+
+    fn receipt(&self, completion_tokens: u64) -> Receipt {
+        let longest = |time: fn(&Counts) -> Duration| {
+            self.prompts.iter().map(time).max().unwrap_or_default().as_micros() as f64 / 1e3
+        };
+        let decode_ms = longest(|counts| counts.decode);
+        let after_first = completion_tokens.saturating_sub(self.prompts.len() as u64) as f64;
+        Receipt {
+            queue_ms: longest(|counts| counts.queue),
+            prefill_ms: longest(|counts| counts.prefill),
+            decode_ms,
+            tokens_per_second: (decode_ms > 0.0 && after_first > 0.0).then(|| after_first / decode_ms * 1e3),
         }
     }
 }

@@ -1,9 +1,14 @@
 //! The shapes on the wire, nothing else. What is sent is serialised from these; what is received is read field by
 //! field (`validate.rs`, `params.rs`), and the request types here only describe it for the OpenAPI document.
 
+pub use super::encode_types::*;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
+
+pub use super::tier::{LoadBody, TierBody, UsageList};
+use crate::tier::card::TierCard;
 
 /// Tokens that were counted.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -16,6 +21,21 @@ pub struct UsageBody {
     pub total_tokens: u64,
     /// Of the prompt tokens.
     pub prompt_tokens_details: PromptTokensDetails,
+    /// Where the time went.
+    pub receipt: Receipt,
+}
+
+/// Where the time of a request went. With several prompts or choices, the longest of each.
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+pub struct Receipt {
+    /// Milliseconds in the queue.
+    pub queue_ms: f64,
+    /// Milliseconds from there to the first token.
+    pub prefill_ms: f64,
+    /// Milliseconds from the first token to the last so far.
+    pub decode_ms: f64,
+    /// Answer tokens after the first of each prompt, per second of decode; null without any.
+    pub tokens_per_second: Option<f64>,
 }
 
 /// Where prompt tokens came from.
@@ -209,8 +229,15 @@ pub struct ModelObject {
     pub root: String,
     /// The name this one is an alias of.
     pub parent: Option<String>,
-    /// Tokens of prompt and answer at most.
+    /// Tokens of prompt and answer at most; of an encoder: tokens of an input.
     pub max_model_len: usize,
+    /// `generate`, `embed` or `rerank`.
+    pub task: &'static str,
+    /// Numbers of an embedding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dimensions: Option<usize>,
+    /// What routers have to know; see `/tier`.
+    pub tier_card: Option<TierCard>,
 }
 
 /// The list of models.
@@ -344,6 +371,9 @@ pub struct SharedParameters {
     stream_options: Option<StreamOptions>,
     /// Lower runs first.
     priority: Option<i32>,
+    /// Seconds the caller gives the request; one whose first token is expected later is refused at once. The header
+    /// `x-request-timeout` says the same.
+    timeout: Option<f32>,
     /// Requests share cached prefixes only under the same salt (and the same API key).
     cache_salt: Option<String>,
     /// Whether special tokens are left out of the text.

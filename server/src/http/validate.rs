@@ -49,6 +49,11 @@ impl Fields {
         Self { map, prefix: String::new() }
     }
 
+    /// What was not read yet.
+    pub(crate) fn map(&self) -> &Map<String, Value> {
+        &self.map
+    }
+
     /// The name of `name` in errors.
     fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)

@@ -38,6 +38,7 @@ use super::{ListenConfig, framing::Head};
 use crate::{
     error::{ApiError, ErrorKind},
     http::edge::OddFraming,
+    state::View,
 };
 
 /// Bytes of a request's head at most.
@@ -53,7 +54,8 @@ const FIRST_REQUEST: Duration = Duration::from_secs(1);
 pub(super) struct Shared {
     /// Answers until there is an app.
     waiting: Router,
-    app: OnceLock<Router>,
+    /// The app of [`View::All`] and that of [`View::Encoders`].
+    apps: OnceLock<[Router; 2]>,
     pub(super) config: ListenConfig,
     /// Cancelled: finish what runs, then close.
     pub(super) drain: CancellationToken,
@@ -69,7 +71,7 @@ impl Shared {
     pub(super) fn new(waiting: Router, config: ListenConfig) -> Self {
         Self {
             waiting,
-            app: OnceLock::new(),
+            apps: OnceLock::new(),
             config,
             drain: CancellationToken::new(),
             stop: CancellationToken::new(),
@@ -78,10 +80,19 @@ impl Shared {
         }
     }
 
-    /// Requests go to `app` from now on, also those of connections that are already open.
-    pub(super) fn serve(&self, app: Router) {
+    /// Requests go to `all` or `encoders` from now on, by the view of their address, also those of connections that are
+    /// already open.
+    pub(super) fn serve(&self, all: Router, encoders: Router) {
         // A second app would be a bug of ours; the first one stays.
-        let _ = self.app.set(app);
+        let _ = self.apps.set([all, encoders]);
+    }
+
+    fn app(&self, view: View) -> &Router {
+        match (self.apps.get(), view) {
+            (None, _) => &self.waiting,
+            (Some([all, _]), View::All) => all,
+            (Some([_, encoders]), View::Encoders) => encoders,
+        }
     }
 
     /// Done when no connection is open.
@@ -141,8 +152,13 @@ impl Drop for Open {
 }
 
 /// Serves one connection to its end.
-pub(super) async fn run<S>(stream: S, class: Class, permit: OwnedSemaphorePermit, shared: Arc<Shared>)
-where
+pub(super) async fn run<S>(
+    stream: S,
+    class: Class,
+    view: View,
+    permit: OwnedSemaphorePermit,
+    shared: Arc<Shared>,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let _open = Open(Arc::clone(&shared));
@@ -168,7 +184,7 @@ where
         .keep_alive(class == Class::Ordinary && !late);
     let service = {
         let (shared, watch) = (Arc::clone(&shared), Arc::clone(&watch));
-        service_fn(move |request| answer(request, class, Arc::clone(&shared), Arc::clone(&watch)))
+        service_fn(move |request| answer(request, (class, view), Arc::clone(&shared), Arc::clone(&watch)))
     };
     let io = Watched { stream, watch: Arc::clone(&watch), stall: None, limit: shared.config.write_timeout };
     let mut connection = pin!(builder.serve_connection(TokioIo::new(io), service));
@@ -203,7 +219,7 @@ where
 
 async fn answer(
     request: Request<Incoming>,
-    class: Class,
+    (class, view): (Class, View),
     shared: Arc<Shared>,
     watch: Arc<Watch>,
 ) -> Result<Response, Infallible> {
@@ -218,7 +234,7 @@ async fn answer(
         ApiError::new(ErrorKind::Overloaded, "The server has too many open connections.").into_response()
     } else {
         // A router's only error is `Infallible`.
-        shared.app.get().unwrap_or(&shared.waiting).clone().oneshot(request).await?
+        shared.app(view).clone().oneshot(request).await?
     };
     watch.head().expect();
     Ok(response.map(|body| Body::new(Counted { body, _active: active })))

@@ -7,6 +7,7 @@
 //! Nothing here speaks HTTP. Failures are a [`TextError`], which the HTTP side maps to a status.
 
 pub mod detokenizer;
+pub mod frame;
 pub mod guard;
 pub mod pool;
 pub mod precheck;
@@ -19,6 +20,7 @@ pub mod token_table;
 pub mod tokenizer;
 
 pub use detokenizer::Detokenizer;
+pub use frame::{Frame, Framed, Side};
 pub use pool::{TextLimits, TextPool};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatInput, ChatTemplate};

@@ -5,6 +5,7 @@
 //! hostile texts. One `Tokenizer` serves all threads; share it with `Arc`.
 
 use crate::text::TextError;
+use crate::text::frame::Frame;
 use crate::text::precheck;
 use crate::text::stages::{SplitError, Stages};
 use crate::text::token_table::{DecodeKind, Lead, TokenTable};
@@ -12,7 +13,7 @@ use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
-use tokenizers::{AddedVocabulary, Encoding, PreTokenizedString, Token};
+use tokenizers::{AddedVocabulary, PreTokenizedString};
 
 /// How long loading and the first try may take together.
 const LOAD_DEADLINE: Duration = Duration::from_secs(60);
@@ -35,9 +36,8 @@ pub struct Tokenizer {
     literal: AddedVocabulary,
     stages: Stages,
     table: TokenTable,
-    /// Ids that the model wants around a text.
-    prefix: Vec<u32>,
-    suffix: Vec<u32>,
+    /// What the model wants around a text.
+    frame: Frame,
     /// `tokenizer_config.json`, for the chat template.
     config: Map<String, Value>,
     bos: Option<u32>,
@@ -113,7 +113,7 @@ impl Tokenizer {
         let mut literal = inner.get_added_vocabulary().clone();
         literal.set_encode_special_tokens(true);
         let table = token_table(&inner, &decoder);
-        let (prefix, suffix) = surroundings(&inner)?;
+        let frame = Frame::of(&inner)?;
         let config = match config {
             Value::Object(config) => config,
             Value::Null => Map::new(),
@@ -121,7 +121,7 @@ impl Tokenizer {
         };
         let named = |name: &str| token_name(config.get(name)?).and_then(|text| inner.token_to_id(text));
         let (bos, eos) = (named("bos_token"), named("eos_token"));
-        Ok(Self { inner, literal, stages, table, prefix, suffix, config, bos, eos })
+        Ok(Self { inner, literal, stages, table, frame, config, bos, eos })
     }
 
     /// Encodes a few texts that have broken tokenizers, before the first client sends one.
@@ -172,9 +172,10 @@ impl Tokenizer {
                 .normalize(|piece| if piece.get().contains(mark) { piece.replace(mark, "") } else { Ok(()) })
                 .map_err(|_| TextError::Internal)?;
         }
-        let mut ids = Vec::with_capacity(text.len() / 3 + self.prefix.len() + self.suffix.len());
+        let (before, after) = self.frame.around();
+        let mut ids = Vec::with_capacity(text.len() / 3 + before.len() + after.len());
         if add_special_tokens {
-            ids.extend_from_slice(&self.prefix);
+            ids.extend_from_slice(before);
         }
         self.stages.tokenize(pieces, self.inner.get_model(), &mut ids).map_err(|e| match e {
             SplitError::TooLong(bytes) => {
@@ -187,7 +188,7 @@ impl Tokenizer {
             }
         })?;
         if add_special_tokens {
-            ids.extend_from_slice(&self.suffix);
+            ids.extend_from_slice(after);
         }
         Ok(ids)
     }
@@ -275,7 +276,12 @@ impl Tokenizer {
 
     /// Whether `encode(.., true)` puts anything around a text.
     pub fn adds_special_tokens(&self) -> bool {
-        !self.prefix.is_empty() || !self.suffix.is_empty()
+        self.frame.num_special() > 0
+    }
+
+    /// What the model wants around a text and around a pair.
+    pub fn frame(&self) -> &Frame {
+        &self.frame
     }
 
     /// The contents of `tokenizer_config.json`.
@@ -330,21 +336,6 @@ fn token_table(inner: &tokenizers::Tokenizer, decoder: &Value) -> TokenTable {
         set(*id, text, added.is_special_token(&token.content));
     }
     TokenTable::new(decoder, tokens.into_iter())
-}
-
-/// The ids that the post processor puts before and after a text, found by asking it about a text of one token.
-fn surroundings(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), TextError> {
-    // An id that no file can name: ids are checked to be below 2^22.
-    const PROBE: u32 = u32::MAX;
-    let encoding = Encoding::from_tokens(vec![Token::new(PROBE, String::new(), (0, 0))], 0);
-    let encoding = inner
-        .post_process(encoding, None, true)
-        .map_err(|e| TextError::Load(format!("the post processor does not work: {e}")))?;
-    let ids = encoding.get_ids();
-    match ids.iter().position(|id| *id == PROBE) {
-        Some(at) if !ids[at + 1..].contains(&PROBE) => Ok((ids[..at].to_vec(), ids[at + 1..].to_vec())),
-        _ => Err(TextError::Load("the post processor does not keep the text exactly once".into())),
-    }
 }
 
 #[cfg(test)]

@@ -376,3 +376,95 @@ fn real_tokenizer_equals_the_library() {
     let count = ours.encode(&text, Specials::Parse, false).expect("encodes").len();
     println!("{} bytes, {count} tokens in {:?}", text.len(), start.elapsed());
 }
+
+/// A Unigram tokenizer as XLM-RoBERTa has it.
+fn unigram() -> Value {
+    let pieces = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "\u{2581}",
+        "\u{2581}the",
+        "\u{2581}c",
+        "at",
+        "s",
+        "\u{2581}hello",
+        "e",
+        "l",
+        "o",
+        ".",
+        "\u{e9}",
+        "\u{4e2d}",
+        "t",
+        "h",
+    ];
+    let vocab: Vec<Value> = pieces
+        .iter()
+        .enumerate()
+        .map(|(i, piece)| json!([piece, if i < 4 { 0.0 } else { -(i as f64) / 2.0 }]))
+        .collect();
+    let space =
+        json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true});
+    json!({
+        "version": "1.0",
+        "added_tokens": [added(0, "<s>", true), added(2, "</s>", true), added(3, "<unk>", true)],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
+                     {"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}, "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}},
+        "decoder": space,
+        "model": {"type": "Unigram", "unk_id": 3, "vocab": vocab, "byte_fallback": false}
+    })
+}
+
+#[test]
+fn encoder_tokenizers_give_the_ids_of_the_library() {
+    let pieces = [
+        "hello",
+        "HELLO",
+        " world",
+        "worlds",
+        ".",
+        "the cat",
+        "\u{e9}",
+        "e\u{301}",
+        "\u{4e2d}\u{6587}",
+        "[SEP]",
+        "</s>",
+        "<s>",
+        "  ",
+        "\t",
+        "\n",
+        "\u{0}",
+        "\u{200d}",
+        "\u{fb01}",
+        "\u{1F642}",
+        "\u{ad}",
+        "\u{3000}",
+        "un",
+        "##s",
+        "\u{2581}",
+    ];
+    for file in [wordpiece(), unigram()] {
+        let library: tokenizers::Tokenizer = serde_json::from_value(file.clone()).expect("valid");
+        let ours = load(file);
+        for (i, a) in pieces.iter().enumerate() {
+            for (j, b) in pieces.iter().enumerate() {
+                let text = format!("{a}{b} {}{a}", pieces[(i * 7 + j) % pieces.len()]);
+                let wanted = library.encode(text.as_str(), true).expect("encodes");
+                let got = ours.encode(&text, Specials::Parse, true).expect("encodes");
+                assert_eq!(got, wanted.get_ids(), "{text:?}");
+                let wanted = library.encode((text.as_str(), *b), true).expect("encodes");
+                let halves = [text.as_str(), b]
+                    .map(|half| ours.encode(half, Specials::Parse, false).expect("encodes"));
+                let framed =
+                    ours.frame().pair(&halves[0], &halves[1], usize::MAX, Default::default()).expect("pairs");
+                assert_eq!(framed.ids, wanted.get_ids(), "{text:?} and {b:?}");
+            }
+        }
+    }
+}

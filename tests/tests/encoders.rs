@@ -1,0 +1,277 @@
+//! Embeddings, reranking and scores over HTTP, against what sentence-transformers computed.
+
+use ingle_tests::{Answer, Launch, TestServer};
+use serde_json::{Value, json};
+
+use crate::{encoder, with};
+
+const EMBEDDINGS: &str = "/v1/embeddings";
+const TEXTS: [&str; 6] = [
+    "the cat sat on the mat",
+    "a",
+    "",
+    "the dog sat in the text of the model",
+    "\u{1F642} na\u{ef}ve caf\u{e9}",
+    " \n ",
+];
+
+/// The texts that the fixture `name` was tried with, and what came out.
+fn records(name: &str) -> Vec<Value> {
+    let path = ingle_tests::fixture(&format!("encoders/{name}")).join("reference.json");
+    let bytes = std::fs::read(path).expect("the fixture has a reference");
+    let reference: Value = serde_json::from_slice(&bytes).expect("JSON");
+    reference["records"].as_array().expect("records").clone()
+}
+
+pub(crate) fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().expect("numbers").iter().map(|x| x.as_f64().expect("a number") as f32).collect()
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+/// The vectors of an answer to `/v1/embeddings`, whose order and shape are checked.
+pub(crate) fn vectors(answer: &Answer) -> Vec<Vec<f32>> {
+    let body = answer.ok();
+    assert_eq!(body["object"], "list");
+    assert_eq!(body["usage"]["prompt_tokens"], body["usage"]["total_tokens"]);
+    let data = body["data"].as_array().expect("data");
+    data.iter()
+        .enumerate()
+        .map(|(i, entry)| {
+            assert_eq!(
+                (entry["index"].as_u64(), entry["object"].as_str()),
+                (Some(i as u64), Some("embedding"))
+            );
+            floats(&entry["embedding"])
+        })
+        .collect()
+}
+
+async fn serve(flags: &[&str]) -> TestServer {
+    Launch::without_model().args(flags).start().await
+}
+
+#[tokio::test]
+async fn vectors_and_token_counts_are_those_of_sentence_transformers() {
+    let names = ["bert", "bert_dense", "mpnet", "xlm_roberta", "qwen3"];
+    let folders = names.map(encoder).join(",");
+    let server = serve(&["--embedding-model", &folders, "--auto-truncate"]).await;
+    for name in names {
+        let records = records(name);
+        let texts: Vec<&Value> = records.iter().map(|record| &record["text"]).collect();
+        let answer =
+            server.post(EMBEDDINGS, &json!({"model": name, "input": texts, "prompt_name": null})).await;
+        let tokens: usize = records.iter().map(|r| r["input_ids"].as_array().expect("ids").len()).sum();
+        assert_eq!(answer.ok()["usage"]["prompt_tokens"], tokens, "{name}");
+        for (record, vector) in records.iter().zip(vectors(&answer)) {
+            let wanted = floats(&record["output"]);
+            assert_eq!(vector.len(), wanted.len());
+            assert!(cosine(&vector, &wanted) > 0.999_99, "{name}: {record}");
+        }
+        // Token ids are the same thing.
+        let ids: Vec<&Value> = records.iter().map(|record| &record["input_ids"]).collect();
+        let by_ids = server.post(EMBEDDINGS, &json!({"model": name, "input": ids})).await;
+        assert_eq!(vectors(&by_ids), vectors(&answer), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_vector_has_the_same_bits_alone_in_a_batch_and_in_base64() {
+    let server = serve(&["--embedding-model", &encoder("mpnet")]).await;
+    let body = |input: Value, format: &str| json!({"input": input, "encoding_format": format, "user": "u"});
+    let all = server.post(EMBEDDINGS, &body(json!(TEXTS), "base64")).await;
+    let floats_of_all = vectors(&server.post(EMBEDDINGS, &body(json!(TEXTS), "float")).await);
+    let mut tokens = 0;
+    for (i, text) in TEXTS.iter().enumerate() {
+        let alone = server.post(EMBEDDINGS, &body(json!(text), "base64")).await;
+        assert_eq!(alone.ok()["data"][0]["embedding"], all.ok()["data"][i]["embedding"], "{text:?}");
+        tokens += alone.ok()["usage"]["prompt_tokens"].as_u64().expect("a count");
+        let text = alone.ok()["data"][0]["embedding"].as_str().expect("base64").to_owned();
+        let bytes = base64(&text);
+        let numbers: Vec<f32> =
+            bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
+        assert_eq!(numbers, floats_of_all[i]);
+        let norm: f32 = numbers.iter().map(|x| x * x).sum();
+        assert!((norm - 1.0).abs() < 1e-3, "{norm}");
+    }
+    assert_eq!(all.ok()["usage"]["prompt_tokens"], tokens);
+    // As many as a request may have, in one go.
+    let many: Vec<String> = (0..2048).map(|i| format!("text {}", i % 7)).collect();
+    let many = vectors(&server.post(EMBEDDINGS, &json!({"input": many})).await);
+    assert_eq!(many.len(), 2048);
+    assert!((7..2048).all(|i| many[i] == many[i % 7]));
+}
+
+fn base64(text: &str) -> Vec<u8> {
+    const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut bytes = Vec::new();
+    let (mut bits, mut count) = (0_u32, 0);
+    for letter in text.trim_end_matches('=').bytes() {
+        let value = LETTERS.iter().position(|known| *known == letter).expect("a letter of base64");
+        bits = bits << 6 | value as u32;
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count & 0xff) as u8);
+        }
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn long_inputs_are_refused_or_cut_and_counted() {
+    let server = serve(&["--embedding-model", &encoder("bert")]).await;
+    let max = server.get("/info").await.ok()["max_input_length"].as_u64().expect("a length") as usize;
+    let long = "the cat ".repeat(max);
+    let answer = server.post(EMBEDDINGS, &json!({"input": ["a", long]})).await;
+    assert_eq!(answer.status, 400);
+    let error = answer.error();
+    assert_eq!(
+        (error["code"].as_str(), error["param"].as_str()),
+        (Some("context_length_exceeded"), Some("input[1]"))
+    );
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains(&format!("maximum context length is {max} tokens")), "{message}");
+
+    for k in [8, max] {
+        let body = json!({"input": ["the cat sat", long], "truncate_prompt_tokens": k});
+        let answer = server.post(EMBEDDINGS, &body).await;
+        let dropped = [0, 2 * max + 2 - k];
+        for (i, dropped) in dropped.iter().enumerate() {
+            assert_eq!(answer.ok()["data"][i]["dropped_tokens"], *dropped);
+        }
+        assert_eq!(answer.headers["x-dropped-tokens"], dropped[1].to_string().as_str());
+        assert_eq!(answer.ok()["usage"]["prompt_tokens"], 5 + k);
+    }
+    let kept =
+        |side: &str, text: &str| json!({"input": text, "truncate": true, "truncation_direction": side});
+    let text = format!("{} dog", "the cat ".repeat(max));
+    let [left, right] = [
+        server.post(EMBEDDINGS, &kept("Left", &text)).await,
+        server.post(EMBEDDINGS, &kept("Right", &text)).await,
+    ];
+    assert_ne!(vectors(&left), vectors(&right));
+    for bad in [json!(0), json!(1), json!(max + 1), json!(-2), json!("x")] {
+        let answer = server.post(EMBEDDINGS, &json!({"input": "a", "truncate_prompt_tokens": bad})).await;
+        assert_eq!(
+            (answer.status, &answer.error()["param"]),
+            (400, &json!("truncate_prompt_tokens")),
+            "{bad}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn prompts_go_before_the_text_when_they_are_named() {
+    // The fixture has the prompts "query" ("query: ") and "document" (""), the latter by default.
+    let server = serve(&["--embedding-model", &encoder("bert")]).await;
+    let plain = vectors(&server.post(EMBEDDINGS, &json!({"input": ["query: the cat", "the cat"]})).await);
+    for named in [
+        json!({"prompt_name": "query"}),
+        json!({"input_type": "query"}),
+        json!({"input_type": "search_query"}),
+    ] {
+        let body = with(json!({"input": "the cat"}), named);
+        assert_eq!(vectors(&server.post(EMBEDDINGS, &body).await)[0], plain[0]);
+    }
+    let body = json!({"input": "the cat", "input_type": "passage"});
+    assert_eq!(vectors(&server.post(EMBEDDINGS, &body).await)[0], plain[1]);
+    for (name, body) in
+        [("prompt_name", json!({"prompt_name": "none such"})), ("input_type", json!({"input_type": "x"}))]
+    {
+        let answer = server.post(EMBEDDINGS, &with(body, json!({"input": "a"}))).await;
+        assert_eq!((answer.status, &answer.error()["param"]), (400, &json!(name)));
+    }
+}
+
+#[tokio::test]
+async fn rerankers_score_as_the_reference_and_sort() {
+    for name in ["bert_rerank", "xlm_roberta_rerank"] {
+        let server = serve(&["--reranker", &encoder(name), "--auto-truncate"]).await;
+        for record in records(name) {
+            let body = json!({"query": record["text"], "texts": [record["text_pair"]], "raw_scores": true});
+            let answer = server.post("/rerank", &body).await;
+            let got = answer.ok()[0]["score"].as_f64().expect("a score");
+            let wanted = record["output"][0].as_f64().expect("a logit");
+            assert!((got - wanted).abs() < 2e-3, "{name}: {got} for {wanted}");
+        }
+        let documents = json!(["the cat sat", {"text": "a dog"}, "the cat sat", "the text of the model"]);
+        let body = json!({"query": "what is a cat?", "documents": documents, "return_documents": true});
+        for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
+            let answer = server.post(path, &body).await;
+            let results = answer.ok()["results"].as_array().expect("results");
+            assert_eq!(results.len(), 4);
+            let score = |i: usize| results[i]["relevance_score"].as_f64().expect("a score");
+            assert!((1..4).all(|i| score(i - 1) >= score(i)), "{results:?}");
+            let mut seen: Vec<u64> = results.iter().map(|r| r["index"].as_u64().expect("an index")).collect();
+            let places = [0, 2].map(|wanted| seen.iter().position(|i| *i == wanted).expect("there"));
+            assert_eq!(places[0] + 1, places[1], "equal documents keep their order");
+            for result in results {
+                let document = &documents[result["index"].as_u64().expect("an index") as usize];
+                let text = document["text"].as_str().or(document.as_str()).expect("a text");
+                assert_eq!(result["document"]["text"], text);
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, [0, 1, 2, 3]);
+            let best =
+                server.post(path, &with(body.clone(), json!({"top_n": 2, "return_documents": false}))).await;
+            assert_eq!(best.ok()["results"].as_array().expect("results").len(), 2);
+            assert!(best.ok()["results"][0]["document"].is_null());
+            assert_eq!(best.ok()["usage"], answer.ok()["usage"]);
+        }
+        // A document scored alone has the bits it has among others.
+        let alone =
+            server.post("/v1/rerank", &json!({"query": "what is a cat?", "documents": ["a dog"]})).await;
+        let among = server.post("/v1/rerank", &body).await;
+        let results = among.ok()["results"].as_array().expect("results");
+        let dog = results.iter().find(|result| result["index"] == 1).expect("there");
+        assert_eq!(alone.ok()["results"][0]["relevance_score"], dog["relevance_score"]);
+        // The score route gives the same numbers, in the order of the texts.
+        let scores = server
+            .post("/v1/score", &json!({"text_1": "what is a cat?", "text_2": ["a dog", "the cat sat"]}))
+            .await;
+        assert_eq!(scores.ok()["data"][0]["score"], dog["relevance_score"]);
+        assert_eq!(scores.ok()["data"][1]["index"], 1);
+    }
+}
+
+#[tokio::test]
+async fn the_routes_of_text_embeddings_inference() {
+    let server = serve(&["--embedding-model", &encoder("mpnet")]).await;
+    let wanted = vectors(&server.post(EMBEDDINGS, &json!({"input": TEXTS})).await);
+    let answer = server.post("/embed", &json!({"inputs": TEXTS})).await;
+    let got: Vec<Vec<f32>> = answer.ok().as_array().expect("rows").iter().map(floats).collect();
+    assert_eq!(got, wanted);
+    let one = server.post("/embed", &json!({"inputs": TEXTS[0], "normalize": true, "truncate": true})).await;
+    assert_eq!(floats(&one.ok()[0]), wanted[0]);
+    let body = json!({"inputs": {"source_sentence": TEXTS[0], "sentences": [TEXTS[0], TEXTS[3]]}});
+    let cosines = floats(server.post("/similarity", &body).await.ok());
+    assert!((cosines[0] - 1.0).abs() < 1e-5);
+    assert!((f64::from(cosines[1]) - cosine(&wanted[0], &wanted[3])).abs() < 1e-5);
+    let scores = server.post("/score", &json!({"text_1": TEXTS[0], "text_2": TEXTS[3]})).await;
+    assert!(
+        (scores.ok()["data"][0]["score"].as_f64().expect("a score") - f64::from(cosines[1])).abs() < 1e-5
+    );
+    let info = server.get("/info").await;
+    assert_eq!(info.ok()["model_id"], "mpnet");
+    assert_eq!(info.ok()["model_type"]["embedding"]["pooling"], "mean");
+    assert_eq!(info.ok()["max_client_batch_size"], 2048);
+}
+
+#[tokio::test]
+async fn metrics_count_what_was_computed() {
+    let server = serve(&["--embedding-model", &encoder("bert")]).await;
+    let answer = server.post(EMBEDDINGS, &json!({"input": TEXTS})).await;
+    let tokens = answer.ok()["usage"]["prompt_tokens"].as_f64().expect("a count");
+    let metrics = server.metrics().await;
+    assert_eq!(metrics.get("ingle_encoder_inputs_total"), TEXTS.len() as f64);
+    assert_eq!(metrics.get("ingle_encoder_tokens_total"), tokens);
+    assert_eq!(metrics.get("te_embed_count"), TEXTS.len() as f64);
+    assert_eq!(metrics.get("te_request_count"), 1.0);
+    assert_eq!(metrics.get("te_queue_size"), 0.0);
+    assert_eq!(metrics.get("te_request_duration_count"), 1.0);
+    assert!(metrics.get("ingle_encoder_weight_bytes") > 0.0);
+}
