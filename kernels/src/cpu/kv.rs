@@ -93,14 +93,20 @@ impl KvStore {
                     let (tile, lane) = (*slot as usize / LANES, *slot as usize % LANES);
                     for head in 0..heads {
                         let row = tile * heads + head;
-                        k_scales[row * LANES + lane] =
-                            round_to_bytes(&k.row(token)[head * dim..][..dim], &mut codes);
+                        let k_scale = &mut k_scales[row * LANES + lane..][..1];
+                        round_to_bytes(
+                            &k.row(token)[head * dim..][..dim],
+                            dim,
+                            &mut codes,
+                            k_scale,
+                            &mut [0],
+                        );
                         for (d, code) in codes.iter().enumerate() {
                             k_out[row * dim * LANES + d * LANES + lane] = *code;
                         }
                         let v_row = &mut v_out[(row * LANES + lane) * padded..][..dim];
-                        v_scales[row * LANES + lane] =
-                            round_to_bytes(&v.row(token)[head * dim..][..dim], v_row);
+                        let v_scale = &mut v_scales[row * LANES + lane..][..1];
+                        round_to_bytes(&v.row(token)[head * dim..][..dim], dim, v_row, v_scale, &mut [0]);
                     }
                 }
             }

@@ -70,17 +70,16 @@ impl RoundedRows {
                     starts_out.slice(idx * groups, groups),
                 )
             };
-            let source = x.row(idx);
-            for (group, values) in source.chunks(w.group).enumerate() {
-                let codes = &mut codes[group * w.group..][..values.len()];
-                scales[group] = round_to_bytes(values, codes);
-                let sum: i32 = codes.iter().map(|code| i32::from(*code)).sum();
-                starts[group] = -w.zero * sum;
-                if w.mins.is_some() {
-                    // SAFETY: as above; the buffer has this size where there are minima.
-                    let total = unsafe { totals_out.slice(idx * groups + group, 1) };
-                    total[0] = scales[group] * sum as f32;
+            round_to_bytes(x.row(idx), w.group, codes, scales, starts);
+            if w.mins.is_some() {
+                // SAFETY: as above; the buffer has this size where there are minima.
+                let totals = unsafe { totals_out.slice(idx * groups, groups) };
+                for ((total, scale), sum) in totals.iter_mut().zip(&*scales).zip(&*starts) {
+                    *total = scale * *sum as f32;
                 }
+            }
+            for start in starts {
+                *start *= -w.zero;
             }
         };
         if num_rows * w.cols < PARALLEL_ELEMENTS {
@@ -92,49 +91,72 @@ impl RoundedRows {
     }
 }
 
-/// Rounds `values` to `-127..=127` steps of the scale that is returned; NaN if a value is not finite.
-pub(super) fn round_to_bytes(values: &[f32], codes: &mut [i8]) -> f32 {
-    dispatch!(round_kernel(values, codes) -> f32, [values: &[f32], codes: &mut [i8]])
+/// Rounds a row to `-127..=127` steps of a scale for each `group` elements; also gives the sum of each group's codes.
+/// Where an element is not finite the scales are NaN, so that whatever is computed from the row says so.
+pub(super) fn round_to_bytes(
+    row: &[f32],
+    group: usize,
+    codes: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+) {
+    dispatch!(
+        round_kernel(row, group, codes, scales, sums) -> (),
+        [row: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]]
+    );
 }
 
+/// # Safety
+/// The instruction set of `S`.
 #[inline(always)]
-unsafe fn round_kernel<S: Simd>(values: &[f32], codes: &mut [i8]) -> f32 {
-    let whole = values.len() / LANES * LANES;
+unsafe fn round_kernel<S: Simd>(
+    row: &[f32],
+    group: usize,
+    codes: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+) {
     // SAFETY: every pointer is followed by sixteen elements of its slice; the instruction set is given.
     unsafe {
-        let (mut most, mut least) = (S::splat(0.0), S::splat(0.0));
         // Stays zero unless something is not finite.
         let mut trap = S::splat(0.0);
-        for i in (0..whole).step_by(LANES) {
-            let v = S::load(values.as_ptr().add(i));
-            most = S::max(most, v);
-            least = S::min(least, v);
-            trap = S::fma(v, S::splat(0.0), trap);
+        let mut tail_trap = 0.0_f32;
+        let groups = row.chunks(group).zip(codes.chunks_mut(group)).zip(&mut *scales).zip(sums);
+        for (((values, codes), scale), sum) in groups {
+            let whole = values.len() / LANES * LANES;
+            let mut largest = S::splat(0.0);
+            for i in (0..whole).step_by(LANES) {
+                let v = S::load(values.as_ptr().add(i));
+                largest = S::max(largest, S::max(v, S::sub(S::splat(0.0), v)));
+                trap = S::fma(v, S::splat(0.0), trap);
+            }
+            let mut largest = S::max_lane(largest);
+            for v in &values[whole..] {
+                largest = largest.max(v.abs());
+                tail_trap += v * 0.0;
+            }
+            // So small a group counts as zeros: its inverse would be infinite.
+            let inverse = if largest < f32::MIN_POSITIVE * 256.0 { 0.0 } else { 127.0 / largest };
+            *scale = if inverse == 0.0 { 0.0 } else { largest / 127.0 };
+            // Whole numbers far below 2^24: exact as f32 in any order.
+            let mut total = S::splat(0.0);
+            for i in (0..whole).step_by(LANES) {
+                let v = S::round(S::mul(S::load(values.as_ptr().add(i)), S::splat(inverse)));
+                S::store_i8(codes.as_mut_ptr().add(i), v);
+                total = S::add(total, v);
+            }
+            let mut total = S::sum(total);
+            for (code, v) in codes[whole..values.len()].iter_mut().zip(&values[whole..]) {
+                let rounded = (v * inverse).round_ties_even();
+                *code = rounded as i8;
+                total += rounded;
+            }
+            *sum = total as i32;
         }
-        let (mut max, mut min) = (S::max_lane(most), -S::max_lane(S::sub(S::splat(0.0), least)));
-        let mut trap = S::sum(trap);
-        for v in &values[whole..] {
-            (max, min) = (max.max(*v), min.min(*v));
-            trap += v * 0.0;
+        // NaN is not zero, either.
+        if S::sum(trap) + tail_trap != 0.0 {
+            scales.fill(f32::NAN);
         }
-        let largest = max.max(-min);
-        if trap != 0.0 {
-            codes.fill(0);
-            return f32::NAN;
-        }
-        if largest < f32::MIN_POSITIVE * 256.0 {
-            codes.fill(0);
-            return 0.0;
-        }
-        let inverse = 127.0 / largest;
-        for i in (0..whole).step_by(LANES) {
-            let v = S::mul(S::load(values.as_ptr().add(i)), S::splat(inverse));
-            S::store_i8(codes.as_mut_ptr().add(i), v);
-        }
-        for (code, v) in codes[whole..].iter_mut().zip(&values[whole..]) {
-            *code = (v * inverse).round_ties_even() as i8;
-        }
-        largest / 127.0
     }
 }
 

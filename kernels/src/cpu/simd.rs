@@ -305,6 +305,20 @@ mod x86 {
             unsafe { _mm512_roundscale_ps::<0>(x) }
         }
         #[inline(always)]
+        unsafe fn sum(v: __m512) -> f32 {
+            unsafe {
+                let halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+                sum_of_eight(halves)
+            }
+        }
+        #[inline(always)]
+        unsafe fn max_lane(v: __m512) -> f32 {
+            unsafe {
+                let halves = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+                max_of_eight(halves)
+            }
+        }
+        #[inline(always)]
         unsafe fn store_i8(p: *mut i8, v: __m512) {
             unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))) }
         }
@@ -315,6 +329,27 @@ mod x86 {
         #[inline(always)]
         unsafe fn zero_below(v: __m512, x: __m512, low: __m512) -> __m512 {
             unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, low), v) }
+        }
+    }
+
+    /// In the order of [`Simd::sum`]: the second half onto the first, three times.
+    #[inline(always)]
+    unsafe fn sum_of_eight(v: __m256) -> f32 {
+        // SAFETY: AVX, which both instruction sets have.
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn max_of_eight(v: __m256) -> f32 {
+        // SAFETY: as above.
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }
     }
 
@@ -423,6 +458,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn round(x: Two) -> Two {
             unsafe { (_mm256_round_ps::<8>(x.0), _mm256_round_ps::<8>(x.1)) }
+        }
+        #[inline(always)]
+        unsafe fn sum(v: Two) -> f32 {
+            unsafe { sum_of_eight(_mm256_add_ps(v.0, v.1)) }
+        }
+        #[inline(always)]
+        unsafe fn max_lane(v: Two) -> f32 {
+            unsafe { max_of_eight(_mm256_max_ps(v.0, v.1)) }
         }
         #[inline(always)]
         unsafe fn store_i8(p: *mut i8, v: Two) {
