@@ -17,7 +17,7 @@ pub mod ops;
 pub mod reference;
 mod weight;
 
-pub use cpu::{Isa, isa, num_threads, probe, set_checkpoint, set_num_threads};
+pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
 pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SelfAttnParams};

@@ -13,6 +13,8 @@ use crate::ops::{AttnParams, PagedMeta};
 /// Keys per chunk.
 const CHUNK: usize = 64;
 const TILES: usize = CHUNK / LANES;
+/// Query rows of a piece from which its keys and values are widened once.
+const WIDENED_ROWS: usize = 13;
 /// Query rows of one piece at most.
 const PIECE_ROWS: usize = 48;
 
@@ -169,6 +171,7 @@ unsafe fn attend<S: Simd, E: Element>(
     let mut row_max = vec![f32::NEG_INFINITY; num_rows];
     let mut row_sum = vec![0.0_f32; num_rows];
     let mut gathered = Gathered::<E::Raw>::default();
+    let mut widened = Widened::default();
     let (mut key_scales, mut value_scales) = ([0.0_f32; CHUNK], [0.0_f32; CHUNK]);
 
     for chunk in first_seen / CHUNK..=last_position / CHUNK {
@@ -183,21 +186,13 @@ unsafe fn attend<S: Simd, E: Element>(
                 (key_scales[key], value_scales[key]) = (k_scales[at], v_scales[at]);
             }
         }
-        // SAFETY: `queries`, `sums`, `scores` have these sizes; each tile points to dim * 16 keys and 16 * padded
-        // values.
+        // SAFETY: each tile points to dim * 16 keys and 16 * padded values; the instruction set is given.
         unsafe {
-            let mut row = 0;
-            while row < num_rows {
-                let rows = (num_rows - row).min(S::ACCUMULATORS / TILES).max(1);
-                score_rows::<S, E>(
-                    &queries[row * dim..],
-                    &tiles,
-                    dim,
-                    rows,
-                    num_tiles,
-                    &mut scores[row * CHUNK..],
-                );
-                row += rows;
+            if num_rows >= WIDENED_ROWS {
+                let tiles = widened.tiles::<S, E>(&tiles, (dim, padded), num_keys);
+                score_all::<S, F32>(&queries, &tiles, (dim, num_rows, num_tiles), &mut scores);
+            } else {
+                score_all::<S, E>(&queries, &tiles, (dim, num_rows, num_tiles), &mut scores);
             }
             for row in 0..num_rows {
                 let at = position + row / group;
@@ -213,18 +208,11 @@ unsafe fn attend<S: Simd, E: Element>(
                     multiply::<S>(scores, &value_scales);
                 }
             }
-            let mut row = 0;
-            while row < num_rows {
-                let rows = (num_rows - row).min(S::ACCUMULATORS / TILES).max(1);
-                add_values::<S, E>(
-                    &scores[row * CHUNK..],
-                    &tiles,
-                    padded,
-                    rows,
-                    num_keys,
-                    &mut sums[row * padded..],
-                );
-                row += rows;
+            if num_rows >= WIDENED_ROWS {
+                let tiles = widened.current((dim, padded));
+                add_all::<S, F32>(&scores, &tiles, (padded, num_rows, num_keys), &mut sums);
+            } else {
+                add_all::<S, E>(&scores, &tiles, (padded, num_rows, num_keys), &mut sums);
             }
         }
     }
@@ -291,6 +279,98 @@ impl<T: Copy + Default> Gathered<T> {
                 .copy_from_slice(&v[row * v_len + from * padded..][..padded]);
         }
         std::array::from_fn(|tile| (self.k[tile * k_len..].as_ptr(), self.v[tile * v_len..].as_ptr()))
+    }
+}
+
+/// The keys and values of a chunk as f32, for pieces of many rows: widening them for every few rows would take a quarter
+/// of the time.
+#[derive(Default)]
+struct Widened {
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Widened {
+    /// # Safety
+    /// The tiles point to dim * 16 keys and 16 * padded values; the instruction set of `S`.
+    #[inline(always)]
+    unsafe fn tiles<S: Simd, E: Element>(
+        &mut self,
+        tiles: &Tiles<E::Raw>,
+        (dim, padded): (usize, usize),
+        num_keys: usize,
+    ) -> Tiles<f32> {
+        self.k.resize(TILES * dim * LANES, 0.0);
+        self.v.resize(TILES * LANES * padded, 0.0);
+        for (tile, (k, v)) in tiles.iter().enumerate().take(num_keys.div_ceil(LANES)) {
+            let (k_out, v_out) = (
+                self.k[tile * dim * LANES..][..dim * LANES].as_mut_ptr(),
+                self.v[tile * LANES * padded..][..LANES * padded].as_mut_ptr(),
+            );
+            // SAFETY: both sides have these sizes, whole vectors.
+            unsafe {
+                for i in (0..dim * LANES).step_by(LANES) {
+                    S::store(k_out.add(i), E::load::<S>(k.add(i)));
+                }
+                for i in (0..LANES * padded).step_by(LANES) {
+                    S::store(v_out.add(i), E::load::<S>(v.add(i)));
+                }
+            }
+        }
+        self.current((dim, padded))
+    }
+
+    /// The tiles widened last.
+    fn current(&self, (dim, padded): (usize, usize)) -> Tiles<f32> {
+        std::array::from_fn(|tile| {
+            (self.k[tile * dim * LANES..].as_ptr(), self.v[tile * LANES * padded..].as_ptr())
+        })
+    }
+}
+
+/// [`score_rows`] of all rows, as many at a time as registers hold.
+///
+/// # Safety
+/// The tiles have dim * 16 keys; the instruction set of `S`.
+#[inline(always)]
+unsafe fn score_all<S: Simd, E: Element>(
+    queries: &[f32],
+    tiles: &Tiles<E::Raw>,
+    (dim, num_rows, num_tiles): (usize, usize, usize),
+    scores: &mut [f32],
+) {
+    let mut row = 0;
+    while row < num_rows {
+        let rows = (num_rows - row).min(S::ACCUMULATORS / TILES).max(1);
+        // SAFETY: given by the caller.
+        unsafe {
+            let scores = &mut scores[row * CHUNK..];
+            score_rows::<S, E>(&queries[row * dim..], tiles, dim, rows, num_tiles, scores);
+        }
+        row += rows;
+    }
+}
+
+/// [`add_values`] of all rows, as many at a time as registers hold.
+///
+/// # Safety
+/// The tiles have 16 * padded values; the instruction set of `S`.
+#[inline(always)]
+unsafe fn add_all<S: Simd, E: Element>(
+    weights: &[f32],
+    tiles: &Tiles<E::Raw>,
+    (padded, num_rows, num_keys): (usize, usize, usize),
+    sums: &mut [f32],
+) {
+    let mut row = 0;
+    while row < num_rows {
+        let rows = (num_rows - row).min(S::ACCUMULATORS / TILES).max(1);
+        // SAFETY: given by the caller.
+        unsafe {
+            let sums = &mut sums[row * padded..];
+            add_values::<S, E>(&weights[row * CHUNK..], tiles, padded, rows, num_keys, sums);
+        }
+        row += rows;
     }
 }
 

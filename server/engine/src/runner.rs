@@ -101,6 +101,7 @@ impl ModelRunner {
     /// If the cache cannot be allocated.
     pub fn new(model: Box<dyn CausalLm>, options: &CacheOptions) -> Result<Self, RunnerError> {
         let begin = Instant::now();
+        ingle_models::keep_freed_memory();
         let info = model.info();
         let longest = options.max_model_len.unwrap_or(usize::MAX).min(info.max_position_embeddings);
         let num_blocks = num_blocks(info, options, longest)?;

@@ -204,6 +204,7 @@ impl EncoderHandle {
         mut config: EncoderConfig,
         turn: Option<Turn>,
     ) -> std::io::Result<Self> {
+        ingle_models::keep_freed_memory();
         let info = encoder.info().clone();
         // A batch must hold the longest input.
         config.max_batch_tokens = config.max_batch_tokens.max(info.max_seq_len);
