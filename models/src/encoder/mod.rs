@@ -15,7 +15,7 @@
 //!
 //! 1. Write `families/NAME.rs` with `configure(json) -> Result<EncoderConfig>` and its [`layout::Names`]. If the forward
 //!    pass lacks a difference, give the config a field and the pass one branch; no family has a pass of its own.
-//! 2. Add its line to [`registry::FAMILIES`].
+//! 2. Add its line to the table in `registry.rs`.
 //! 3. Describe a tiny model of it in `scripts/make_encoder_fixtures.py`, run that script with its name, and add the name
 //!    to `models/tests/encoder_parity.rs`, which compares with what sentence-transformers computed.
 
