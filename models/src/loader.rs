@@ -147,8 +147,15 @@ impl<'a> Loader<'a> {
         Ok(weight)
     }
 
+    /// An embedding or a head. Half bytes would cost more there than in all layers together, so they become bytes.
     pub(crate) fn matrix(&mut self, spec: &TensorSpec) -> Result<Weight> {
-        self.named(std::slice::from_ref(spec))
+        let quantization = self.quantization;
+        if quantization == Some(Quantization::Int4) {
+            self.quantization = Some(Quantization::Int8);
+        }
+        let weight = self.named(std::slice::from_ref(spec));
+        self.quantization = quantization;
+        weight
     }
 
     pub(crate) fn linear(&mut self, spec: &LinearSpec) -> Result<Linear> {
