@@ -224,8 +224,9 @@ fn perplexity_tells_weights_apart() {
     let (int8, int4) = (score(&["--quantization", "int8"]), score(&["--quantization", "int4"]));
     assert_eq!(
         [&exact["weights"], &int8["weights"], &int4["weights"]],
-        [&json!("f32"), &json!("int8"), &json!("int4, int8")]
+        [&json!("f32"), &json!("int8"), &json!("int8, int4")]
     );
+    // Embedding and head stay bytes, and are the larger share of a model this small.
     let value = |score: &Value| score["perplexity"].as_f64().expect("a number");
     assert!(value(&exact) > 1.0 && value(&exact).is_finite());
     let off = |score: &Value| (value(score) / value(&exact) - 1.0).abs();
