@@ -1,10 +1,10 @@
 //! Our own CPU kernels.
 //!
-//! All of them are written once over [`simd::Simd`], a vector of sixteen f32 lanes, and compiled for each instruction
-//! set that a processor may have; [`isa`] picks one at start. Work is cut into independent pieces for the [`pool`].
+//! They are written once over [`simd::Simd`], a vector of sixteen f32 lanes, and [`dot::Dot`], dot products of bytes, and
+//! compiled for each instruction set that a processor may have; [`isa`] picks one at start. Only AMX tiles have a kernel
+//! of their own. Work is cut into independent pieces for the [`pool`].
 //!
-//! **Batch invariance.** Every output element is a chain of fused multiply-adds in one fixed order over the inner
-//! dimension, whatever the blocking around it: a row's result has the same bits alone and among any other rows, in one
+//! **Batch invariance.** Every output element is summed in one fixed order over the inner dimension, whatever the blocking around it: a row's result has the same bits alone and among any other rows, in one
 //! prefill or in chunks, with any number of threads.
 
 #![allow(unsafe_code)]

@@ -9,8 +9,6 @@ use super::quant::{CodeWidth, QuantMatrix, STEP_COLS};
 use super::simd::{LANES, Simd};
 use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool};
 
-/// Rows of a block at most.
-const MAX_BLOCK_ROWS: usize = 12;
 /// Panels that one group of accumulators spans at most.
 const PANEL_GROUP: usize = 8;
 /// How far ahead of the loads weights are asked for, in bytes of each panel.
@@ -218,7 +216,7 @@ impl Codes for Halves {
 #[inline(always)]
 unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::ops::Range<usize>) {
     let num_rows = job.x.num_rows;
-    let num_blocks = num_rows.div_ceil((D::ACCUMULATORS / 2).clamp(1, MAX_BLOCK_ROWS));
+    let num_blocks = num_rows.div_ceil((D::ACCUMULATORS / 2).max(1));
     let most_rows = num_rows.div_ceil(num_blocks);
     let count = (D::ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
     let mut panel = panels.start;

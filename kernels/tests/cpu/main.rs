@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod encoders;
 mod quantized;
 mod reference_twins;
 
