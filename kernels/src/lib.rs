@@ -15,10 +15,12 @@ mod error;
 mod kv_layer;
 pub mod ops;
 pub mod reference;
+#[doc(hidden)]
+pub mod tiles;
 mod weight;
 
 pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
-pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SelfAttnParams};
-pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};
+pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SampleRow, SelfAttnParams};
+pub use weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};

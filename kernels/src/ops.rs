@@ -4,6 +4,7 @@
 //! last dimension), so that the parts of a stacked projection need no copy.
 
 mod encoder;
+mod sampling;
 
 use candle_core::{CpuStorage, D, DType, Device, Shape, Storage, Tensor};
 
@@ -14,6 +15,9 @@ use crate::weight::Storage as WeightStorage;
 use crate::{KvLayer, Weight, reference};
 
 pub use encoder::{RelativeBias, SelfAttnParams, activate, layer_norm, self_attention};
+#[doc(hidden)]
+pub use sampling::{Edit, edits_of};
+pub use sampling::{SampleRow, sample, sample_row};
 
 /// The ragged batch as the attention kernels see it. One entry a sequence unless said otherwise; host memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
