@@ -369,6 +369,10 @@ inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float fast_exp2(float x) { return exp2f(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -469,6 +473,22 @@ inline uint32_t fp8x2_to_f16x2(uint32_t pair) {
 
 template <class P> void check_aligned(const P* pointer, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) emulation::fail("an access of %zu bytes is not aligned", bytes);
+}
+
+template <class T> uint32_t sub2(uint32_t a, uint32_t b) {
+    auto part = [&](int shift) { return to_float(T{uint16_t(a >> shift)}) - to_float(T{uint16_t(b >> shift)}); };
+    return pack2<T>(part(0), part(16));
+}
+template <class T> uint32_t mul2(uint32_t a, uint32_t b) {
+    auto part = [&](int shift) { return to_float(T{uint16_t(a >> shift)}) * to_float(T{uint16_t(b >> shift)}); };
+    return pack2<T>(part(0), part(16));
+}
+inline float f16_bits_to_float(uint32_t bits) { return to_float(f16{uint16_t(bits)}); }
+inline uint4 load_stream(const void* from) {
+    check_aligned(static_cast<const unsigned char*>(from), 16);
+    uint4 x;
+    memcpy(&x, from, 16);
+    return x;
 }
 
 // Tensor cores.

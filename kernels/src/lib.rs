@@ -11,6 +11,9 @@
 //! Nothing here knows a model, a sequence or a request.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod deterministic;
 mod error;
 mod kv_layer;
 pub mod ops;
@@ -20,7 +23,8 @@ pub mod tiles;
 mod weight;
 
 pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
+pub use deterministic::{is_deterministic, set_deterministic};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
-pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SampleRow, SelfAttnParams};
+pub use ops::{Activation, AttnParams, Epilogue, PagedMeta, RelativeBias, RopeTables, SampleRow, SelfAttnParams};
 pub use weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};

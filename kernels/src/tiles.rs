@@ -3,11 +3,16 @@
 //! A row of tiles is sixteen rows; a tile has 64 columns, two blocks of 32; a lane of a warp is `4 g + t` and has eight
 //! columns of rows `g` and `g + 8` of each block. Nothing here needs a device.
 
+mod plan;
+
 use std::sync::Mutex;
+
+use candle_core::Tensor;
 
 use crate::cpu::{self, QuantMatrix};
 use crate::error::{Result, argument};
-use crate::weight::{BlockType, Fp8Matrix, QuantizedBlocks};
+use crate::weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks};
+pub use plan::{LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, SKINNY_TOKENS, can_gate};
 
 const TILE_ROWS: usize = 16;
 const TILE_COLS: usize = 64;
@@ -124,8 +129,22 @@ impl TiledMatrix {
         Ok(matrix)
     }
 
+    /// Rounds the rows of all `parts` as [`crate::Weight::quantized`] says, to the same codes as on the CPU.
+    ///
+    /// # Errors
+    /// If the parts are not matrices of finite numbers in CPU memory with the same number of columns.
+    pub fn quantized(parts: &[Tensor], quantization: Quantization) -> Result<Self> {
+        match quantization {
+            Quantization::Int8 => Self::from_rounded(&QuantMatrix::int8(parts)?),
+            Quantization::Int4 => Self::from_rounded(&QuantMatrix::int4(parts)?),
+            Quantization::Fp8 => {
+                Self::from_fp8(&parts.iter().map(Fp8Matrix::round).collect::<Result<Vec<_>>>()?)
+            }
+        }
+    }
+
     /// Takes over codes that were rounded for the CPU kernels.
-    pub(crate) fn from_rounded(matrix: &QuantMatrix) -> Result<Self> {
+    fn from_rounded(matrix: &QuantMatrix) -> Result<Self> {
         let format = if matrix.is_bytes() { TileFormat::Int8 } else { TileFormat::Int4 };
         let (rows, cols) = matrix.dims();
         let bias = if matrix.is_bytes() { 0 } else { 8 };

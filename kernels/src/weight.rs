@@ -197,6 +197,9 @@ pub(crate) enum Storage {
     Quantized(Arc<QuantMatrix>),
     /// Row-major, on any device.
     Dense(Tensor),
+    /// Codes in the layout of the CUDA kernels.
+    #[cfg(feature = "cuda")]
+    Tiles(Arc<crate::cuda::linear::DeviceTiles>),
 }
 
 impl Weight {
@@ -212,15 +215,22 @@ impl Weight {
         Ok(Self { rows, cols, storage: Storage::Packed(Arc::new(PackedMatrix::pack(parts, dtype)?)) })
     }
 
-    /// As [`Weight::stack`], rounded to `quantization` (on the CPU only).
+    /// As [`Weight::stack`], rounded to `quantization`, on the CPU or a CUDA device.
     ///
     /// # Errors
     /// As [`Weight::stack`]; if the device has no kernel for quantised weights.
     pub fn quantized(parts: &[Tensor], quantization: Quantization, device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            check_parts(parts)?;
+            let parts = parts.iter().map(|part| part.to_device(&Device::Cpu));
+            let parts = parts.collect::<candle_core::Result<Vec<_>>>()?;
+            return Self::tiled(|| crate::tiles::TiledMatrix::quantized(&parts, quantization), device);
+        }
         if !device.is_cpu() {
             return Err(argument(
                 "Weight::quantized",
-                format!("{quantization:?} weights are for the CPU only"),
+                format!("{quantization:?} weights are for the CPU and for CUDA devices only"),
             ));
         }
         let (rows, cols) = check_parts(parts)?;
@@ -234,25 +244,36 @@ impl Weight {
         Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
     }
 
-    /// Stacks matrices of GGUF blocks along their rows, codes and scales unchanged (on the CPU only).
+    /// Stacks matrices of GGUF blocks along their rows, codes and scales unchanged, on the CPU or a CUDA device.
     ///
     /// # Errors
-    /// If the parts differ in type or columns, a size does not fit its bytes, or `device` is not the CPU.
+    /// If the parts differ in type or columns, a size does not fit its bytes, or `device` has no kernel for them.
     pub fn from_blocks(parts: &[QuantizedBlocks], device: &Device) -> Result<Self> {
         let (_, rows, cols) = QuantizedBlocks::check(parts)?;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Self::tiled(|| crate::tiles::TiledMatrix::from_blocks(parts), device);
+        }
         if !device.is_cpu() {
-            return Err(argument("Weight::from_blocks", "quantised weights are for the CPU only"));
+            return Err(argument(
+                "Weight::from_blocks",
+                "quantised weights are for the CPU and for CUDA devices only",
+            ));
         }
         let matrix = QuantMatrix::from_blocks(parts)?;
         Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
     }
 
-    /// Stacks matrices of e4m3 numbers along their rows. On the CPU they become bf16.
+    /// Stacks matrices of e4m3 numbers along their rows, unchanged on a CUDA device; elsewhere they become bf16.
     ///
     /// # Errors
     /// If the parts differ in columns, a size does not fit, or a number is NaN.
     pub fn from_fp8(parts: &[Fp8Matrix], device: &Device) -> Result<Self> {
         Fp8Matrix::check(parts)?;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Self::tiled(|| crate::tiles::TiledMatrix::from_fp8(parts), device);
+        }
         let parts = parts.iter().map(Fp8Matrix::to_tensor).collect::<Result<Vec<_>>>()?;
         Self::stack(&parts, DType::BF16, device)
     }
@@ -295,7 +316,29 @@ impl Weight {
             Storage::Packed(matrix) => matrix.num_bytes(),
             Storage::Quantized(matrix) => matrix.num_bytes(),
             Storage::Dense(t) => t.elem_count() * t.dtype().size_in_bytes(),
+            #[cfg(feature = "cuda")]
+            Storage::Tiles(tiles) => tiles.num_bytes(),
         }
+    }
+
+    /// For the CUDA kernels, if it lies on such a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_cuda(&self) -> Option<crate::cuda::linear::Operand<'_>> {
+        use crate::cuda::linear::Operand;
+        match &self.storage {
+            Storage::Dense(matrix) if matrix.device().is_cuda() => Some(Operand::Dense(matrix)),
+            Storage::Tiles(tiles) => Some(Operand::Tiles(tiles)),
+            _ => None,
+        }
+    }
+
+    /// On a CUDA device, tiles that `make` lays out in host memory.
+    #[cfg(feature = "cuda")]
+    fn tiled(make: impl FnOnce() -> Result<crate::tiles::TiledMatrix>, device: &Device) -> Result<Self> {
+        let tiles = make()?;
+        let (rows, cols) = (tiles.rows, tiles.cols);
+        let tiles = crate::cuda::linear::DeviceTiles::upload(&tiles, device)?;
+        Ok(Self { rows, cols, storage: Storage::Tiles(Arc::new(tiles)) })
     }
 
     pub(crate) fn storage(&self) -> &Storage {

@@ -4,6 +4,7 @@
 //! needs comes with it, the random number too, so a row does not depend on its neighbours and only token ids leave the
 //! device that computed the logits.
 
+mod device;
 mod edits;
 mod reference;
 #[cfg(test)]
@@ -12,6 +13,8 @@ mod tests;
 use candle_core::{DType, Tensor};
 
 use crate::error::{Result, argument};
+#[doc(hidden)]
+pub use device::{DeviceRows, MAX_VOCAB, scan_parts};
 #[doc(hidden)]
 pub use edits::{Edit, edits_of};
 pub use reference::sample_row;
@@ -82,7 +85,9 @@ impl SampleRow<'_> {
 
 /// Chooses a token for each row of `logits [rows.len(), vocab]`; `None` where the row holds NaN or infinity.
 ///
-/// On a CUDA device only the ids come back; elsewhere the logits are read as f32 and [`sample_row`] chooses.
+/// On a CUDA device only the ids come back; elsewhere the logits are read as f32 and [`sample_row`] chooses. Both give the
+/// same tokens, but where a random number falls within rounding (some 1e-7) of the border between two; and on CUDA devices a
+/// token of less than 2^-46 of the likeliest one's probability is never drawn.
 ///
 /// # Errors
 /// If the numbers of rows differ, a parameter is out of its range, or the device fails.
@@ -94,6 +99,10 @@ pub fn sample(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Option<u32>
     rows.iter().try_for_each(SampleRow::check)?;
     if rows.is_empty() {
         return Ok(Vec::new());
+    }
+    #[cfg(feature = "cuda")]
+    if crate::cuda::sampling::takes(logits) {
+        return crate::cuda::sampling::sample(logits, rows);
     }
     let mut values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let chosen = values.chunks_exact_mut(vocab).zip(rows).map(|(logits, row)| sample_row(logits, row));

@@ -10,3 +10,5 @@
 
 mod elementwise;
 mod harness;
+mod linear;
+mod sampling;

@@ -1,0 +1,140 @@
+//! Functions of the embedded modules, each looked up once a device.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaModule, CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    sys,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{DeviceId, WrapErr};
+
+use crate::error::{Result, argument};
+
+/// A source file of kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum File {
+    LinearBf16,
+    LinearF16,
+    Sampling,
+    Unpack,
+}
+
+impl File {
+    fn binary(self) -> &'static [u8] {
+        match self {
+            Self::LinearBf16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_bf16.fatbin")),
+            Self::LinearF16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_f16.fatbin")),
+            Self::Sampling => include_bytes!(concat!(env!("OUT_DIR"), "/sampling.fatbin")),
+            Self::Unpack => include_bytes!(concat!(env!("OUT_DIR"), "/unpack.fatbin")),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<(DeviceId, File), Arc<CudaModule>>,
+    functions: HashMap<DeviceId, HashMap<String, CudaFunction>>,
+    multiprocessors: HashMap<DeviceId, usize>,
+}
+
+thread_local! {
+    static LOADED: RefCell<Loaded> = RefCell::default();
+}
+
+/// Kernel `name` of `file`.
+pub(super) fn function(device: &CudaDevice, file: File, name: &str) -> Result<CudaFunction> {
+    LOADED.with_borrow_mut(|loaded| {
+        if let Some(function) = loaded.functions.get(&device.id()).and_then(|names| names.get(name)) {
+            return Ok(function.clone());
+        }
+        let module = match loaded.modules.get(&(device.id(), file)) {
+            Some(module) => module.clone(),
+            None => {
+                let binary = Ptx::from_binary(file.binary().to_vec());
+                let module = device.cuda_stream().context().load_module(binary).w()?;
+                loaded.modules.insert((device.id(), file), module.clone());
+                module
+            }
+        };
+        let function = module.load_function(name).w()?;
+        loaded.functions.entry(device.id()).or_default().insert(name.to_owned(), function.clone());
+        Ok(function)
+    })
+}
+
+/// Multiprocessors of the device.
+pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+    LOADED.with_borrow_mut(|loaded| {
+        if let Some(count) = loaded.multiprocessors.get(&device.id()) {
+            return Ok(*count);
+        }
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = device.cuda_stream().context().attribute(attribute).w()?;
+        let count =
+            usize::try_from(count).map_err(|_| argument("cuda", "a device without multiprocessors"))?;
+        loaded.multiprocessors.insert(device.id(), count);
+        Ok(count)
+    })
+}
+
+/// Launches kernel `name` with `arguments`, each of exactly the type that the kernel declares.
+///
+/// # Safety
+/// The arguments must be the kernel's, addresses among them those of memory of `device` of the sizes it reads and
+/// writes.
+pub(super) unsafe fn launch(
+    device: &CudaDevice,
+    (file, name): (File, &str),
+    (grid, block, shared_bytes): ([u32; 3], u32, u32),
+    arguments: &[Argument],
+) -> Result<()> {
+    let function = function(device, file, name)?;
+    let stream = device.cuda_stream();
+    let mut builder = stream.launch_builder(&function);
+    for argument in arguments {
+        match argument {
+            Argument::Address(x) => builder.arg(x),
+            Argument::U32(x) => builder.arg(x),
+            Argument::F32(x) => builder.arg(x),
+            Argument::Linear(x) => builder.arg(x),
+        };
+    }
+    let config = LaunchConfig {
+        grid_dim: (grid[0], grid[1], grid[2]),
+        block_dim: (block, 1, 1),
+        shared_mem_bytes: shared_bytes,
+    };
+    // SAFETY: given by the caller.
+    unsafe { builder.launch(config) }.w()?;
+    Ok(())
+}
+
+/// An argument of a kernel.
+pub(super) enum Argument {
+    Address(u64),
+    U32(u32),
+    F32(f32),
+    Linear(Linear),
+}
+
+/// [`crate::tiles::LinearArgs`] as something that can be passed.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Linear(pub(super) crate::tiles::LinearArgs);
+
+// SAFETY: plain numbers in C's layout, without padding.
+unsafe impl DeviceRepr for Linear {}
+
+/// Where `slice` begins.
+pub(super) fn address<T>(device: &CudaDevice, slice: &CudaSlice<T>) -> u64 {
+    slice.device_ptr(&device.cuda_stream()).0
+}
+
+/// As [`address`], to write to.
+pub(super) fn address_mut<T>(device: &CudaDevice, slice: &mut CudaSlice<T>) -> u64 {
+    slice.device_ptr_mut(&device.cuda_stream()).0
+}
