@@ -96,7 +96,7 @@ template <class T, class F, int N, int R> __device__ void skinny(const LinearArg
     const unsigned share = (steps + SKINNY_WARPS - 1) / SKINNY_WARPS;
     const unsigned first = min(warp * share, steps), last = min(first + share, steps);
 
-    constexpr unsigned AHEAD = N * R > 1 ? 2 : F::PREFETCH;
+    constexpr unsigned AHEAD = N * R > 1 ? F::PREFETCH_PAIR : F::PREFETCH;
     typename F::Raw raw[AHEAD][R];
     uint4 x[AHEAD][N][2];
     auto load = [&](unsigned at, unsigned step) {

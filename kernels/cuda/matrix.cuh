@@ -88,12 +88,12 @@ template <class T> __device__ __forceinline__ uint32_t fp8_to_pair(uint32_t x) {
     return mul2<T>(moved, Constants<T>::FP8_UNIT);
 }
 
-// Formats. `Raw` is what a lane loads of one tile; `PREFETCH` is how many tiles ahead, so that enough bytes are under
-// way. GROUPED: a scale for each row and block of columns. MINIMA: also a minimum.
+// Formats. `Raw` is what a lane loads of one tile; `PREFETCH` is how many tiles ahead (`PREFETCH_PAIR`
+// if there are several rows of tiles or groups of tokens), so that enough bytes are under way. GROUPED: a scale for each row and block of columns. MINIMA: also a minimum.
 
 template <class T> struct Dense {
     static constexpr bool GROUPED = false, MINIMA = false;
-    static constexpr unsigned PREFETCH = 2;
+    static constexpr unsigned PREFETCH = 2, PREFETCH_PAIR = 1;
     struct Raw {
         uint4 rows[2][2];
     };
@@ -142,7 +142,7 @@ struct ByteCodes {
 
 template <class T> struct Fp8 {
     static constexpr bool GROUPED = false, MINIMA = false;
-    static constexpr unsigned PREFETCH = 4;
+    static constexpr unsigned PREFETCH = 4, PREFETCH_PAIR = 2;
     struct Raw {
         ByteCodes codes;
     };
@@ -169,7 +169,7 @@ __device__ __forceinline__ float group_scale(uint2 scales, unsigned block, unsig
 
 template <class T> struct Int8 {
     static constexpr bool GROUPED = true, MINIMA = false;
-    static constexpr unsigned PREFETCH = 4;
+    static constexpr unsigned PREFETCH = 3, PREFETCH_PAIR = 2;
     struct Raw {
         ByteCodes codes;
         uint2 scales;
@@ -194,7 +194,7 @@ template <class T> struct Int8 {
 // Codes count from 8 in both kinds; a minimum is then that of code 8.
 template <class T, bool WITH_MINIMA> struct Int4 {
     static constexpr bool GROUPED = true, MINIMA = WITH_MINIMA;
-    static constexpr unsigned PREFETCH = 4;
+    static constexpr unsigned PREFETCH = 4, PREFETCH_PAIR = 2;
     struct Raw {
         uint4 codes;
         uint2 scales, mins;

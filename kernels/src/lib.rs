@@ -26,5 +26,7 @@ pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, s
 pub use deterministic::{is_deterministic, set_deterministic};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
-pub use ops::{Activation, AttnParams, Epilogue, PagedMeta, RelativeBias, RopeTables, SampleRow, SelfAttnParams};
+pub use ops::{
+    Activation, AttnParams, Epilogue, PagedMeta, RelativeBias, RopeTables, SampleRow, SelfAttnParams,
+};
 pub use weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};

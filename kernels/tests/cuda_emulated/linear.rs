@@ -100,7 +100,7 @@ impl Matrix {
             }
             parts.push(QuantizedBlocks { block_type, rows: part_rows, cols, bytes });
         }
-        Self::tiled(&TiledMatrix::from_blocks(&parts).unwrap(), meant)
+        Self::tiled(&TiledMatrix::from_blocks(&parts).expect("blocks"), meant)
     }
 
     fn fp8(rng: &mut ChaCha8Rng, rows: usize, cols: usize) -> Self {
@@ -119,7 +119,7 @@ impl Matrix {
             }
             parts.push(Fp8Matrix { bytes, rows: part_rows, cols, row_scales });
         }
-        Self::tiled(&TiledMatrix::from_fp8(&parts).unwrap(), meant)
+        Self::tiled(&TiledMatrix::from_fp8(&parts).expect("numbers"), meant)
     }
 
     /// One of each format.

@@ -87,7 +87,7 @@ fn the_likeliest_token_wins() {
     }
     let mut rng = rng(30);
     for format in [Format::F32, Format::Bf16, Format::F16] {
-        for vocab in [1, 2, 31, 1000, 5001] {
+        for vocab in [1, 31, 5001] {
             // Of bf16 numbers many are equal: the first of the largest.
             let mut logits = normal(&mut rng, 3 * vocab, 1.0);
             logits[..vocab].fill(-3.0);
@@ -102,7 +102,7 @@ fn rows_that_are_not_finite_choose_nothing() {
         return;
     }
     for vocab in [40, 5000] {
-        for at in [0, vocab / 2, vocab - 1] {
+        for at in [0, vocab - 1] {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut logits = vec![0.5; 4 * vocab];
                 logits[vocab + at] = bad;
@@ -124,7 +124,7 @@ fn draws_are_those_of_the_formula() {
         return;
     }
     let mut rng = rng(31);
-    for (vocab, spread) in [(1, 1.0), (7, 1.0), (33, 3.0), (1000, 2.0), (4100, 8.0)] {
+    for (vocab, spread) in [(1, 1.0), (33, 3.0), (4100, 8.0)] {
         for (top_k, top_p, min_p) in [
             (0, 1.0, 0.0),
             (1, 1.0, 0.0),
@@ -140,7 +140,7 @@ fn draws_are_those_of_the_formula() {
         ] {
             // A weight of less than 2^-46 of the largest is none to the kernels: such a token is never the first.
             let least = if spread < 4.0 { 0.0 } else { 1e-9 };
-            let rows: Vec<SampleRow<'_>> = [least, 0.999_999_999, 0.0, 0.0]
+            let rows: Vec<SampleRow<'_>> = [least, 0.9999, 0.0, 0.0]
                 .iter()
                 .enumerate()
                 .map(|(i, uniform)| SampleRow {
@@ -153,9 +153,9 @@ fn draws_are_those_of_the_formula() {
                 })
                 .collect();
             let logits = normal(&mut rng, rows.len() * vocab, spread);
-            for format in [Format::F32, Format::Bf16] {
-                compare(format, &logits, &rows, 7, "draw");
-            }
+            // Of bf16 logits many are equal.
+            let format = if top_k == 40 || top_p == 0.9 { Format::Bf16 } else { Format::F32 };
+            compare(format, &logits, &rows, 7, "draw");
         }
     }
 }
@@ -167,12 +167,10 @@ fn flat_rows_are_searched_in_place() {
         return;
     }
     let mut rng = rng(32);
-    for spread in [0.0, 0.002] {
-        for (top_k, top_p) in [(3000, 1.0), (0, 0.6), (4500, 0.3)] {
-            let rows = [0.25, 0.9].map(|uniform| SampleRow { top_k, top_p, uniform, ..PLAIN });
-            let logits = normal(&mut rng, rows.len() * 5000, spread);
-            compare(Format::F32, &logits, &rows, 0, "flat");
-        }
+    for (spread, top_k, top_p) in [(0.0, 3000, 1.0), (0.002, 0, 0.6), (0.002, 4500, 0.3)] {
+        let rows = [0.25, 0.9].map(|uniform| SampleRow { top_k, top_p, uniform, ..PLAIN });
+        let logits = normal(&mut rng, rows.len() * 4400, spread);
+        compare(Format::F32, &logits, &rows, 0, "flat");
     }
 }
 
@@ -183,7 +181,7 @@ fn edits_come_first() {
     }
     let mut rng = rng(33);
     let vocab = 300;
-    for case in 0..12 {
+    for case in 0..6 {
         let mut ids = |count: usize| -> Vec<u32> { (0..count).map(|_| rng.random_range(0..320)).collect() };
         let (prompt, output, banned) = (ids(60), ids(90), ids(40));
         let bias: Vec<(u32, f32)> = ids(30).into_iter().zip((0..30).map(|i| i as f32 - 12.0)).collect();
@@ -197,7 +195,7 @@ fn edits_come_first() {
             output: &output,
             banned: &banned,
             logit_bias: &bias,
-            uniform: case as f64 / 12.0,
+            uniform: case as f64 / 6.0,
             ..PLAIN
         };
         let everything: Vec<u32> = (0..vocab as u32).collect();
