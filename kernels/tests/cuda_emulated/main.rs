@@ -8,5 +8,6 @@
 
 #![allow(unsafe_code)]
 
+mod attention;
 mod elementwise;
 mod harness;
