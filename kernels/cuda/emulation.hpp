@@ -58,7 +58,7 @@ constexpr size_t STACK = 256 << 10;
 
 // What each lane brings to an action of its warp; two, used in turn, so that one barrier an action is enough.
 struct Exchange {
-    unsigned char lanes[2][32][64];
+    alignas(16) unsigned char lanes[2][32][64];
     const char* actions[2][32];
 };
 
@@ -244,22 +244,27 @@ inline unsigned char* dynamic_shared() {
 
 inline unsigned lane() { return self().number % 32; }
 
-// Gives `mine` to the warp and returns what all lanes gave.
-template <class T> const T* exchange(const char* action, const T& mine) {
+// What all lanes gave.
+template <class T> struct Given {
+    const unsigned char (*lanes)[64];
+    const T& operator[](unsigned lane) const { return *reinterpret_cast<const T*>(lanes[lane]); }
+};
+
+// Gives `mine` to the warp. What comes back holds until this lane's next exchange but one.
+template <class T> Given<T> exchange(const char* action, const T& mine) {
     static_assert(sizeof(T) <= 64, "an exchange holds 64 bytes a lane");
     Exchange& warp = state.warps[self().number / 32];
-    static thread_local T values[2][32];
     unsigned phase = self().phase++ % 2;
     memcpy(warp.lanes[phase][lane()], &mine, sizeof(T));
     warp.actions[phase][lane()] = action;
     pause(Wait::Warp);
-    unsigned lanes = std::min<size_t>(32, size_t(state.block_dim.x) * state.block_dim.y * state.block_dim.z -
-                                              self().number / 32 * 32);
+    unsigned threads = state.block_dim.x * state.block_dim.y * state.block_dim.z;
+    unsigned lanes = std::min(32u, threads - self().number / 32 * 32);
     for (unsigned l = 0; l < lanes; ++l) {
-        if (strcmp(warp.actions[phase][l], action) != 0) fail("%s, while lane %u does %s", action, l, warp.actions[phase][l]);
-        memcpy(&values[phase][l], warp.lanes[phase][l], sizeof(T));
+        const char* other = warp.actions[phase][l];
+        if (other != action && strcmp(other, action) != 0) fail("%s, while lane %u does %s", action, l, other);
     }
-    return values[phase];
+    return {warp.lanes[phase]};
 }
 
 inline void whole_warp(unsigned mask) {
@@ -311,7 +316,7 @@ template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned distance, int w
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     emulation::whole_warp(mask);
     int vote = predicate != 0;
-    const int* votes = emulation::exchange("ballot", vote);
+    auto votes = emulation::exchange("ballot", vote);
     unsigned ballot = 0;
     for (unsigned l = 0; l < 32; ++l) ballot |= unsigned(votes[l] != 0) << l;
     return ballot;
@@ -502,7 +507,7 @@ template <class T> void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_
         for (int i = 0; i < 4; ++i) mine.a[i][half] = to_float(T{uint16_t(a[i] >> 16 * half)});
         for (int i = 0; i < 2; ++i) mine.b[i][half] = to_float(T{uint16_t(b[i] >> 16 * half)});
     }
-    const Fragment* all = emulation::exchange("mma_16816", mine);
+    auto all = emulation::exchange("mma_16816", mine);
     unsigned group = emulation::lane() / 4, in_group = emulation::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         unsigned column = in_group * 2 + i % 2;
@@ -517,7 +522,7 @@ inline void mma_16832_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     struct Fragment {
         uint32_t a[4], b[2];
     } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-    const Fragment* all = emulation::exchange("mma_16832_s8", mine);
+    auto all = emulation::exchange("mma_16832_s8", mine);
     unsigned group = emulation::lane() / 4, in_group = emulation::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         unsigned column = in_group * 2 + i % 2;
@@ -529,7 +534,7 @@ inline void mma_16832_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 
 inline void emulation_ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
     check_aligned(static_cast<const unsigned char*>(row), 16);
-    const void* const* rows = emulation::exchange("ldmatrix", row);
+    auto rows = emulation::exchange("ldmatrix", row);
     unsigned group = emulation::lane() / 4, pair = emulation::lane() % 4 * 2;
     for (int i = 0; i < 4; ++i) {
         uint16_t two[2];

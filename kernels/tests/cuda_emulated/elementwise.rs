@@ -273,15 +273,15 @@ fn heads_are_normed_rotated_and_stored() {
                 vec![f32::NAN; num_slots * kv_heads * dim],
                 vec![f32::NAN; num_slots * kv_heads * dim],
             );
-            for token in 0..tokens {
+            for (token, slot) in slots.iter().enumerate() {
                 for h in 0..heads {
                     q.extend(head(token, h, norm.then_some(&q_norm), true));
                 }
                 for h in 0..kv_heads {
-                    if slots[token] as usize >= num_slots {
+                    if *slot as usize >= num_slots {
                         continue;
                     }
-                    let at = (slots[token] as usize * kv_heads + h) * dim;
+                    let at = (*slot as usize * kv_heads + h) * dim;
                     k[at..at + dim].copy_from_slice(&head(token, heads + h, norm.then_some(&k_norm), true));
                     v[at..at + dim].copy_from_slice(&head(token, heads + kv_heads + h, None, false));
                 }
