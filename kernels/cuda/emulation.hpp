@@ -532,6 +532,23 @@ inline void mma_16832_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     }
 }
 
+inline void mma_16832_fp8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    struct Fragment {
+        uint32_t a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    auto all = emulation::exchange("mma_16832_fp8", mine);
+    unsigned group = emulation::lane() / 4, in_group = emulation::lane() % 4;
+    auto number = [](uint32_t word, int byte) { return to_float(fp8{uint8_t(word >> 8 * byte)}); };
+    for (int i = 0; i < 4; ++i) {
+        unsigned column = in_group * 2 + i % 2;
+        for (int half = 0; half < 2; ++half)
+            for (int holder = 0; holder < 4; ++holder)
+                for (int byte = 0; byte < 4; ++byte)
+                    d[i] += number(all[group * 4 + holder].a[i / 2 + half * 2], byte) *
+                            number(all[column * 4 + holder].b[half], byte);
+    }
+}
+
 inline void emulation_ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
     check_aligned(static_cast<const unsigned char*>(row), 16);
     auto rows = emulation::exchange("ldmatrix", row);

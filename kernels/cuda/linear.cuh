@@ -17,6 +17,7 @@ struct LinearArgs {
     const uint16_t* scales;
     const uint16_t* mins;
     const float* row_scales;
+    const float* token_scales;  // [tokens] of rounded activations, else null
     const void* bias;      // [rows] or null
     const void* residual;  // [tokens, rows] or null
     void* y;               // [tokens, rows], or [tokens, rows / 2] if gated
@@ -177,6 +178,40 @@ template <class T, class F, int N, int R> __device__ void skinny(const LinearArg
 
 constexpr unsigned TILED_WARPS = 4, TILED_STAGES = 4;
 
+// What a warp of `tiled` has summed: two rows of tiles, 8 * N tokens.
+template <class T, int N>
+__device__ __forceinline__ void store_tiles(const LinearArgs& a, const float (&acc)[2][N][4], unsigned group,
+                                            unsigned first_token) {
+    constexpr unsigned R = 2;
+    const unsigned lane = threadIdx.x % 32;
+    const bool gated = a.activation != NOT_GATED;
+#pragma unroll
+    for (unsigned n = 0; n < N; ++n) {
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            unsigned token = first_token + n * 8 + lane % 4 * 2 + i % 2;
+            unsigned in_tile = lane / 4 + i / 2 * 8;
+            if (a.partial != nullptr) {
+#pragma unroll
+                for (unsigned r = 0; r < R; ++r) {
+                    unsigned row = tile_row_of<R>(a, group, r) * TILE_ROWS + in_tile;
+                    // A gate's rows end where those of up begin.
+                    bool mine = row < a.rows && (!gated || group < a.rows / 2 / TILE_ROWS);
+                    size_t at = (static_cast<size_t>(blockIdx.z) * a.tokens + token) * a.rows + row;
+                    if (token < a.tokens && mine) a.partial[at] = acc[r][n][i];
+                }
+            } else if (gated) {
+                store_gated<T>(a, acc[0][n][i], acc[1][n][i], token, group * TILE_ROWS + in_tile);
+            } else {
+#pragma unroll
+                for (unsigned r = 0; r < R; ++r) {
+                    store_sum<T>(a, acc[r][n][i], token, (group * R + r) * TILE_ROWS + in_tile);
+                }
+            }
+        }
+    }
+}
+
 // Shared memory of `tiled` for 8 * N tokens: TILED_STAGES * 8 * N * TILE_COLS numbers.
 // grid: groups of 8 * N tokens, groups of 2 * TILED_WARPS rows of tiles, parts of the columns
 template <class T, class F, int N> __device__ void tiled(const LinearArgs& a) {
@@ -261,32 +296,7 @@ template <class T, class F, int N> __device__ void tiled(const LinearArgs& a) {
     }
     cp_async_wait<0>();
 
-    const bool gated = a.activation != NOT_GATED;
-#pragma unroll
-    for (unsigned n = 0; n < N; ++n) {
-#pragma unroll
-        for (unsigned i = 0; i < 4; ++i) {
-            unsigned token = first_token + n * 8 + lane % 4 * 2 + i % 2;
-            unsigned in_tile = lane / 4 + i / 2 * 8;
-            if (a.partial != nullptr) {
-#pragma unroll
-                for (unsigned r = 0; r < R; ++r) {
-                    unsigned row = tile_row_of<R>(a, group, r) * TILE_ROWS + in_tile;
-                    // A gate's rows end where those of up begin.
-                    bool mine = row < a.rows && (!gated || group < a.rows / 2 / TILE_ROWS);
-                    size_t at = (static_cast<size_t>(blockIdx.z) * a.tokens + token) * a.rows + row;
-                    if (token < a.tokens && mine) a.partial[at] = acc[r][n][i];
-                }
-            } else if (gated) {
-                store_gated<T>(a, acc[0][n][i], acc[1][n][i], token, group * TILE_ROWS + in_tile);
-            } else {
-#pragma unroll
-                for (unsigned r = 0; r < R; ++r) {
-                    store_sum<T>(a, acc[r][n][i], token, (group * R + r) * TILE_ROWS + in_tile);
-                }
-            }
-        }
-    }
+    store_tiles<T, N>(a, acc, group, first_token);
 }
 
 // Adds what the parts of split columns left, in order. grid: rows by 256, tokens

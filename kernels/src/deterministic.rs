@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
 
-/// Has all products on CUDA devices summed in an order that depends on the weights alone, for the whole process.
+/// Has all products of bf16 and f16 activations on CUDA devices summed in an order that depends on the weights alone, for the
+/// whole process.
 ///
 /// By default the kernel is chosen by the number of rows: one for up to sixteen, another or a library beyond. Each of our
 /// kernels gives a row the same bits in any company, but the two differ in the last bit, and a library promises nothing. With

@@ -12,7 +12,7 @@ use candle_core::Tensor;
 use crate::cpu::{self, QuantMatrix};
 use crate::error::{Result, argument};
 use crate::weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks};
-pub use plan::{LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, SKINNY_TOKENS, can_gate};
+pub use plan::{LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, can_gate};
 
 const TILE_ROWS: usize = 16;
 const TILE_COLS: usize = 64;

@@ -29,7 +29,8 @@ pub enum Quantization {
     /// Half bytes, symmetric, with an f16 scale for each 32 elements of a row: 4.5 bits an element. Activations as with
     /// `Int8`.
     Int4,
-    /// e4m3 numbers with an f32 scale for each row: 8 bits an element. CUDA only.
+    /// e4m3 numbers with an f32 scale for each row: 8 bits an element. CUDA only. Activations of more than sixteen tokens
+    /// may be rounded likewise while they are multiplied, with a scale for each token.
     Fp8,
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Up to sixteen tokens, any weights: our kernel, which reads the weights once, at the speed of memory. More tokens by dense
 //! weights: cuBLAS. More tokens by codes: our tiled kernel, and from [`PANEL_TOKENS`] on, where arithmetic is the limit,
-//! cuBLAS on panels of unpacked weights. With [`crate::set_deterministic`] always the tiled kernel.
+//! cuBLAS on panels of unpacked weights. Between the two, fp8 weights meet activations that are rounded to fp8 too, where tensor
+//! cores multiply such numbers. With [`crate::set_deterministic`] always the tiled kernel.
 
 use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
@@ -11,11 +12,12 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 
-use super::module::{Argument, File, Linear, address, address_mut, launch, multiprocessors};
+use super::module::{Argument, File, Linear, address, address_mut, computes_fp8, launch, multiprocessors};
 use crate::error::{Result, argument};
 use crate::ops::{self, Activation, Epilogue};
 use crate::tiles::{
-    LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, SKINNY_TOKENS, TileFormat, TiledMatrix, can_gate,
+    LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, TileFormat, TiledMatrix,
+    can_gate,
 };
 
 /// Tokens from which unpacking a panel of weights costs less than the library is faster.
@@ -249,6 +251,12 @@ fn product<T: Number>(
             + if weights_wide { LinearArgs::WIDE_WEIGHTS } else { 0 },
         ..LinearArgs::default()
     };
+    let rounds = matches!(matrix, Operand::Tiles(tiles) if tiles.format == TileFormat::Fp8);
+    let rounded = if rounds && !one_order && tokens > SKINNY_TOKENS && computes_fp8(device)? {
+        Some(Rounded::new::<T>(device, &x_at, (tokens, cols))?)
+    } else {
+        None
+    };
     for first in (0..tokens).step_by(MAX_TOKENS) {
         let count = (tokens - first).min(MAX_TOKENS);
         let from = |start: u64, stride: usize| start + (first * stride * size_of::<T>()) as u64;
@@ -262,16 +270,63 @@ fn product<T: Number>(
         let shape =
             LinearShape { tokens: count, rows, cols, gated: args.activation != LinearArgs::NOT_GATED };
         let plan = LinearPlan::new(T::NAME, format, shape, multiprocessors(device)?, one_order);
-        run::<T>(device, &plan, args, width)?;
+        run::<T>(device, (&plan, file), args, width)?;
     }
     ops::apply(tensor(y, (tokens, width), device), after).map(Some)
 }
 
-fn run<T: Number>(device: &CudaDevice, plan: &LinearPlan, args: LinearArgs, width: usize) -> Result<()> {
+/// Activations as e4m3 numbers, columns padded to whole tiles, and each token's scale.
+struct Rounded {
+    codes: CudaSlice<u8>,
+    scales: CudaSlice<f32>,
+    cols: usize,
+}
+
+impl Rounded {
+    fn new<T: Number>(device: &CudaDevice, x: &Address, (tokens, cols): (usize, usize)) -> Result<Self> {
+        let padded = cols.next_multiple_of(64);
+        let too_large = || argument("linear", "too many tokens");
+        // SAFETY: `round_rows` writes all codes and scales before anything reads them.
+        let (mut codes, mut scales) = unsafe {
+            let len = tokens.checked_mul(padded).ok_or_else(too_large)?;
+            (device.alloc::<u8>(len)?, device.alloc::<f32>(tokens)?)
+        };
+        let arguments = [
+            Argument::Address(x.start),
+            Argument::U32(x.stride as u32),
+            Argument::U32(cols as u32),
+            Argument::Address(address_mut(device, &mut codes)),
+            Argument::Address(address_mut(device, &mut scales)),
+        ];
+        let kernel = (File::LinearFp8, format!("round_rows_{}", T::NAME));
+        // SAFETY: `x` has `tokens` rows of `cols`; the outputs are as large as the kernel's comment says.
+        unsafe {
+            launch(device, (kernel.0, &kernel.1), ([tokens as u32, 1, 1], 256, 0), &arguments)?;
+        }
+        Ok(Self { codes, scales, cols: padded })
+    }
+
+    /// `args` with the activations from token `first` on replaced.
+    fn part(&self, device: &CudaDevice, first: usize, args: LinearArgs) -> LinearArgs {
+        LinearArgs {
+            x: address(device, &self.codes) + (first * self.cols) as u64,
+            x_stride: self.cols as u32,
+            token_scales: address(device, &self.scales) + 4 * first as u64,
+            ..args
+        }
+    }
+}
+
+fn run<T: Number>(
+    device: &CudaDevice,
+    (plan, file): (&LinearPlan, File),
+    args: LinearArgs,
+    width: usize,
+) -> Result<()> {
     let launch_plan = |args: LinearArgs| {
         let size = (plan.grid, plan.block, plan.shared_bytes);
         // SAFETY: addresses, shapes and strides of tensors and matrices that were checked against each other.
-        unsafe { launch(device, (T::FILE, &plan.name), size, &[Argument::Linear(Linear(args))]) }
+        unsafe { launch(device, (file, &plan.name), size, &[Argument::Linear(Linear(args))]) }
     };
     if plan.splits <= 1 {
         return launch_plan(args);

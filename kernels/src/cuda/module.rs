@@ -19,6 +19,7 @@ use crate::error::{Result, argument};
 pub(super) enum File {
     LinearBf16,
     LinearF16,
+    LinearFp8,
     Sampling,
     Unpack,
 }
@@ -28,6 +29,7 @@ impl File {
         match self {
             Self::LinearBf16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_bf16.fatbin")),
             Self::LinearF16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_f16.fatbin")),
+            Self::LinearFp8 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_fp8.fatbin")),
             Self::Sampling => include_bytes!(concat!(env!("OUT_DIR"), "/sampling.fatbin")),
             Self::Unpack => include_bytes!(concat!(env!("OUT_DIR"), "/unpack.fatbin")),
         }
@@ -36,6 +38,7 @@ impl File {
 
 #[derive(Default)]
 struct Loaded {
+    computes_fp8: HashMap<DeviceId, bool>,
     modules: HashMap<(DeviceId, File), Arc<CudaModule>>,
     functions: HashMap<DeviceId, HashMap<String, CudaFunction>>,
     multiprocessors: HashMap<DeviceId, usize>,
@@ -78,6 +81,18 @@ pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
             usize::try_from(count).map_err(|_| argument("cuda", "a device without multiprocessors"))?;
         loaded.multiprocessors.insert(device.id(), count);
         Ok(count)
+    })
+}
+
+/// Whether the device's tensor cores multiply e4m3 numbers.
+pub(super) fn computes_fp8(device: &CudaDevice) -> Result<bool> {
+    LOADED.with_borrow_mut(|loaded| {
+        if let Some(computes) = loaded.computes_fp8.get(&device.id()) {
+            return Ok(*computes);
+        }
+        let computes = device.cuda_stream().context().compute_capability().w()? >= (8, 9);
+        loaded.computes_fp8.insert(device.id(), computes);
+        Ok(computes)
     })
 }
 

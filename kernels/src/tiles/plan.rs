@@ -14,6 +14,8 @@ pub struct LinearArgs {
     pub mins: u64,
     /// f32, one a row.
     pub row_scales: u64,
+    /// f32, one a token, if activations are rounded to e4m3.
+    pub token_scales: u64,
     /// `[rows]` in the type of `x`.
     pub bias: u64,
     /// `[tokens, rows]` in the type of `x`, rows `residual_stride` elements apart.
@@ -55,6 +57,9 @@ pub const SKINNY_TOKENS: usize = 16;
 /// Tokens that one launch should have at most, so that what split columns leave stays small.
 pub const MAX_TOKENS: usize = 512;
 
+/// Weights and activations of e4m3 numbers.
+pub const ROUNDED_FP8: &str = "fp8x8";
+
 const TILE_ROWS: usize = 16;
 const TILE_COLS: usize = 64;
 const SKINNY_WARPS: usize = 8;
@@ -92,6 +97,8 @@ pub struct LinearPlan {
 impl LinearPlan {
     /// For activations `type_name` (`bf16`, `f16`) and weights `format`, on a device of `multiprocessors`.
     ///
+    /// Activations that are rounded to e4m3 have the `format` [`ROUNDED_FP8`].
+    ///
     /// With `one_order` the same kernel is taken however many tokens there are, so that a token's result has the same
     /// bits alone and among any others; without, few tokens have a kernel of their own.
     #[must_use]
@@ -104,7 +111,7 @@ impl LinearPlan {
     ) -> Self {
         let LinearShape { tokens, rows, cols, gated } = shape;
         let tile_rows = rows.div_ceil(TILE_ROWS);
-        if tokens <= SKINNY_TOKENS && !one_order {
+        if tokens <= SKINNY_TOKENS && !one_order && format != ROUNDED_FP8 {
             let by_eight = if tokens <= 8 { 1 } else { 2 };
             // Two rows of tiles share what is read of the activations, but make half as many blocks.
             let pairs = gated || by_eight == 2 || (tokens > 4 && tile_rows >= 16 * multiprocessors);
@@ -118,6 +125,7 @@ impl LinearPlan {
             };
         }
         let by_eight = if tokens <= 32 { 4 } else { 8 };
+        let number_bytes = if format == ROUNDED_FP8 { 1 } else { 2 };
         let row_blocks = tile_rows.div_ceil(2 * TILED_WARPS);
         // From the matrix alone, not from the tokens: the order of summation follows from it. At least eight steps each.
         let steps = cols.div_ceil(TILE_COLS);
@@ -126,7 +134,7 @@ impl LinearPlan {
             name: format!("linear_tiled_{type_name}_{format}_{by_eight}"),
             grid: [tokens.div_ceil(8 * by_eight) as u32, row_blocks as u32, splits as u32],
             block: 32 * TILED_WARPS as u32,
-            shared_bytes: (TILED_STAGES * 8 * by_eight * TILE_COLS * 2) as u32,
+            shared_bytes: (TILED_STAGES * 8 * by_eight * TILE_COLS * number_bytes) as u32,
             splits: splits as u32,
         }
     }

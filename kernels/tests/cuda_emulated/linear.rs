@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use half::f16;
-use ingle_kernels::tiles::{LinearArgs, LinearPlan, LinearShape, TiledMatrix, can_gate};
+use ingle_kernels::tiles::{LinearArgs, LinearPlan, LinearShape, ROUNDED_FP8, TiledMatrix, can_gate};
 use ingle_kernels::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -140,6 +140,8 @@ struct Extra<'a> {
     residual: Option<&'a [f32]>,
     activation: Option<u32>,
     one_order: bool,
+    /// Activations are rounded to e4m3, a scale a token.
+    rounded: bool,
     /// Numbers between the rows of the activations.
     gap: usize,
 }
@@ -159,16 +161,29 @@ fn product(activations: Format, m: &Matrix, x: &[f32], extra: Extra<'_>, seed: u
     let y = room(activations, tokens * width);
     let shape = LinearShape { tokens, rows: m.rows, cols: m.cols, gated };
     // Few multiprocessors, so that small matrices are split too, but not all of them.
-    let plan = LinearPlan::new(activations.name(), m.format, shape, 8, extra.one_order);
+    let format = if extra.rounded { ROUNDED_FP8 } else { m.format };
+    let plan = LinearPlan::new(activations.name(), format, shape, 8, extra.one_order);
+    let padded = m.cols.next_multiple_of(64);
+    let x_codes = Buffer::<u8>::unwritten(if extra.rounded { tokens * padded } else { 0 });
+    let token_scales = Buffer::<f32>::unwritten(if extra.rounded { tokens } else { 0 });
+    if extra.rounded {
+        launch(
+            &format!("round_rows_{}", activations.name()),
+            Grid::new([tokens as u32, 1, 1], 256),
+            seed,
+            args![x.address(), stride as u32, m.cols as u32, x_codes.address(), token_scales.address()],
+        );
+    }
     let partial =
         Buffer::<f32>::unwritten(if plan.splits > 1 { plan.splits as usize * tokens * m.rows } else { 0 });
     let given = |present: bool, address: usize| if present { address as u64 } else { 0 };
     let arguments = LinearArgs {
-        x: x.address() as u64,
+        x: if extra.rounded { x_codes.address() } else { x.address() } as u64,
         codes: m.codes.address() as u64,
         scales: given(m.has[0], m.scales.address()),
         mins: given(m.has[1], m.mins.address()),
         row_scales: given(m.has[2], m.row_scales.address()),
+        token_scales: given(extra.rounded, token_scales.address()),
         bias: given(extra.bias.is_some(), bias.address()),
         residual: given(extra.residual.is_some(), residual.address()),
         y: y.address() as u64,
@@ -176,7 +191,7 @@ fn product(activations: Format, m: &Matrix, x: &[f32], extra: Extra<'_>, seed: u
         tokens: tokens as u32,
         rows: m.rows as u32,
         cols: m.cols as u32,
-        x_stride: stride as u32,
+        x_stride: if extra.rounded { padded } else { stride } as u32,
         residual_stride: m.rows as u32,
         unit: m.unit,
         activation: extra.activation.unwrap_or(LinearArgs::NOT_GATED),
@@ -367,6 +382,60 @@ fn gates_are_activated_and_multiplied() {
         }
     }
     assert!(!can_gate(48) && !can_gate(7));
+}
+
+/// Weights and activations of e4m3 numbers: exact products of the rounded ones.
+#[test]
+fn rounded_activations_are_multiplied_exactly() {
+    if !available() {
+        return;
+    }
+    let mut rng = rng(27);
+    for activations in TYPES {
+        for (rows, cols, gap) in [(17, 64, 0), (130, 1056, 8), (32, 45, 0), (64, 600, 3)] {
+            let m = Matrix::fp8(&mut rng, rows, cols);
+            for tokens in [1, 19, 40] {
+                let mut x = activations_of(&mut rng, activations, tokens * cols);
+                // Tokens of different sizes; one is nothing at all.
+                for (token, x) in x.chunks_mut(cols).enumerate() {
+                    let factor = [1.0, 0.0, 64.0, 0.001][token % 4];
+                    x.iter_mut().for_each(|x| *x = activations.round(*x * factor));
+                }
+                let rounded: Vec<f32> = x
+                    .chunks(cols)
+                    .flat_map(|x| {
+                        let largest = x.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+                        let scale = (largest * (1.0 / 448.0)).max(1e-30);
+                        let inverse = 1.0 / scale;
+                        x.iter().map(move |x| Format::Fp8.round(x * inverse) * scale).collect::<Vec<_>>()
+                    })
+                    .collect();
+                let bias = activations_of(&mut rng, activations, rows);
+                let extra = Extra { rounded: true, bias: Some(&bias), gap, ..Extra::default() };
+                let [found, other] = [0, 7].map(|seed| product(activations, &m, &x, extra, seed));
+                assert_eq!(found, other, "the order of threads shows");
+                let mut wanted = sums(&m, &rounded);
+                wanted.iter_mut().enumerate().for_each(|(i, (sum, _))| *sum += f64::from(bias[i % rows]));
+                check(
+                    activations,
+                    &m,
+                    &found,
+                    &wanted,
+                    &format!("{tokens} rounded tokens by [{rows}, {cols}]"),
+                );
+                if can_gate(rows) {
+                    let gated = product(activations, &m, &x, Extra { activation: Some(3), ..extra }, 1);
+                    let gates: Vec<f32> = (0..tokens * rows / 2)
+                        .map(|i| {
+                            let row = i / (rows / 2) * rows + i % (rows / 2);
+                            (wanted[row].0.max(0.0) * wanted[row + rows / 2].0) as f32
+                        })
+                        .collect();
+                    assert_close(&gated, &gates, activations.epsilon(), 1e-3, "gated");
+                }
+            }
+        }
+    }
 }
 
 /// Weights rounded at load: the codes are the CPU's, also where the columns do not fill a group.
