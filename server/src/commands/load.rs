@@ -148,6 +148,7 @@ pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
             KvTypeName::Int8 => Some(KvDtype::Int8),
         },
         device: device(args.device)?,
+        step_graphs: true,
         max_model_len: args.max_model_len,
         progress: None,
     })
