@@ -10,6 +10,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use candle_core::{DType, Tensor};
 use ingle_kernels::{PagedMeta, StepGraph, StepLimits};
@@ -78,10 +79,10 @@ impl StepGraphs {
         }
         let num_seqs = meta.num_seqs();
         let meta = padded(meta, size);
-        if !graphs.contains_key(&size) {
-            graphs.insert(size, self.record(decoder, hidden, &meta, cache)?);
-        }
-        let Some(graph) = graphs.get_mut(&size) else { return Ok(None) };
+        let graph = match graphs.entry(size) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(self.record(decoder, hidden, &meta, cache)?),
+        };
         match graph.replay(&meta, hidden)? {
             Some(logits) => Ok(Some(logits.narrow(0, 0, num_seqs)?)),
             None => Ok(None),

@@ -81,6 +81,7 @@ pub(crate) struct Placement {
     /// Longest sequence that will be run.
     pub(crate) max_len: usize,
     /// Decode steps on a GPU are recorded once and replayed.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) step_graphs: bool,
 }
 

@@ -7,7 +7,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod elementwise;
-pub mod graph;
+pub(crate) mod graph;
 mod module;
 pub(crate) mod step;
 pub(crate) mod tensor;

@@ -77,7 +77,7 @@ pub(super) fn rows(x: &Tensor) -> Result<(Tensor, u64)> {
 pub(super) fn aligned_rows(device: &CudaDevice, x: &Tensor) -> Result<(Tensor, u64)> {
     let (x, stride) = rows(x)?;
     let bytes = stride * x.dtype().size_in_bytes() as u64;
-    if address_of(device, &x)? % 16 == 0 && bytes % 16 == 0 {
+    if address_of(device, &x)?.is_multiple_of(16) && bytes.is_multiple_of(16) {
         return Ok((x, stride));
     }
     let width: usize = x.dims().iter().skip(1).product();
