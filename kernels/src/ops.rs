@@ -143,6 +143,13 @@ impl RopeTables {
         let (cos, sin) = (Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?);
         Ok(Self { cos, sin, by_position: false })
     }
+
+    /// Those of the tokens of a step out of tables of all positions.
+    fn of_tokens(&self, positions: &[u32]) -> Result<Self> {
+        let rows = Tensor::new(positions, self.cos.device())?;
+        let (cos, sin) = (self.cos.index_select(&rows, 0)?, self.sin.index_select(&rows, 0)?);
+        Ok(Self { cos, sin, by_position: false })
+    }
 }
 
 /// `x [num_tokens, in] * weight^T (+ bias [out]) -> [num_tokens, out]`, in the dtype of `x`.
@@ -307,6 +314,8 @@ pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -
         return Err(argument("store_kv", format!("slot {slot} of {slots}")));
     }
     let KvStorage::Cpu(store) = &mut layer.0 else {
+        #[cfg(feature = "cuda")]
+        crate::cuda::step::refuse_while_recording("store_kv")?;
         return reference::store_kv(layer, k, v, meta);
     };
     let (k, v) = (View::new(k, heads * dim)?, View::new(v, heads * dim)?);
@@ -348,6 +357,8 @@ pub fn rotate_store(
         k = rms_norm_heads(&k, k_norm, params.eps)?;
     }
     if let Some(tables) = params.tables {
+        let of_tokens = tables.by_position.then(|| tables.of_tokens(&meta.positions)).transpose()?;
+        let tables = of_tokens.as_ref().unwrap_or(tables);
         q = rope(&q, tables)?;
         k = rope(&k, tables)?;
     }
@@ -432,6 +443,8 @@ pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &A
         return Ok(out);
     }
     let KvStorage::Cpu(store) = &layer.0 else {
+        #[cfg(feature = "cuda")]
+        crate::cuda::step::refuse_while_recording("paged_attention")?;
         return reference::paged_attention(q, layer, meta, params);
     };
     let view = View::new(q, heads * dim)?;

@@ -1,6 +1,6 @@
 //! The ragged batch of a step in device memory, uploaded once for all layers.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -18,6 +18,19 @@ pub(super) const SPLIT: usize = 128;
 thread_local! {
     /// The step whose layers are being computed: found again by its contents, so that it can never be a stale one.
     static CURRENT: RefCell<Option<(DeviceId, PagedMeta, Rc<StepMeta>)>> = const { RefCell::new(None) };
+    static RECORDING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// An error while a step is recorded: for operations that upload numbers of the batch or look at results on the host,
+/// which a replay would not do again.
+pub(crate) fn refuse_while_recording(op: &'static str) -> Result<()> {
+    if RECORDING.get() {
+        return Err(argument(
+            op,
+            "there is no kernel for these types and shapes, and a recorded step needs one",
+        ));
+    }
+    Ok(())
 }
 
 /// All numbers of a [`PagedMeta`] and what attention derives from them, in one buffer.
@@ -104,6 +117,7 @@ impl StepMeta {
         if let Some(step) = known {
             return Ok(step);
         }
+        refuse_while_recording("a batch of its own")?;
         let (numbers, plan) = flatten(meta);
         let step = Rc::new(Self { device: device.clone(), numbers: device.clone_htod(&numbers)?, plan });
         CURRENT.set(Some((device.id(), meta.clone(), step.clone())));
@@ -142,10 +156,12 @@ impl StepMeta {
         Ok(fits)
     }
 
-    /// Runs `f` with this copy as that of `meta`.
+    /// Runs `f`, which is being recorded, with this copy as that of `meta`.
     pub(crate) fn during<R>(self: &Rc<Self>, meta: &PagedMeta, f: impl FnOnce() -> R) -> R {
         CURRENT.set(Some((self.device.id(), meta.clone(), self.clone())));
+        RECORDING.set(true);
         let result = f();
+        RECORDING.set(false);
         // Its contents will change.
         CURRENT.set(None);
         result

@@ -119,10 +119,15 @@ fn a_sequence_does_not_depend_on_its_batch_mates() {
     let (queries, _, slots) = batches(&mut rng, &seqs);
     let dtype = DType::BF16;
     let mut layer = KvLayer::new(slots, kv_heads, dim, KvDtype::Bf16, &device).unwrap();
-    let everywhere = PagedMeta { slot_mapping: (0..slots as u32).collect(), ..PagedMeta::default() };
-    let kv =
-        || -> Tensor { upload(&random(&mut super::rng(), &[slots, kv_heads, dim], dtype), dtype, &device) };
-    ops::store_kv(&mut layer, &kv(), &kv(), &everywhere).unwrap();
+    let everywhere = PagedMeta {
+        positions: vec![0; slots],
+        slot_mapping: (0..slots as u32).collect(),
+        ..PagedMeta::default()
+    };
+    let mut stored = |heads: usize| upload(&random(&mut rng, &[slots, heads, dim], dtype), dtype, &device);
+    let (any_q, k, v) = (stored(1), stored(kv_heads), stored(kv_heads));
+    let plain = RotateParams { norms: None, eps: 0.0, tables: None };
+    ops::rotate_store(&any_q, (&k, &v), &mut layer, &everywhere, &plain).unwrap();
     let q = upload(&random(&mut rng, &[queries.num_tokens(), heads, dim], dtype), dtype, &device);
     let params = AttnParams { scale: 0.125, sliding_window: None, softcap: None };
     let all = values(&ops::paged_attention(&q, &layer, &queries, &params).unwrap());
@@ -218,7 +223,7 @@ fn a_recorded_step_equals_the_same_step_kernel_by_kernel() {
         let replayed = graph.replay(&meta(step), &hidden).unwrap().expect("fits").narrow(0, 0, 2).unwrap();
         assert_eq!(values(&replayed), eager, "step {step}");
     }
-    // Noise, so that the last sequence is really longer than what was recorded for.
+    // Longer than what was recorded for.
     let mut long = meta(0);
     long.seq_lens[0] = rng.random_range(513..600);
     long.cu_blocks = vec![0, 40, 64, 64];
