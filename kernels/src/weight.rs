@@ -1,13 +1,12 @@
 //! A weight matrix, laid out once at load for the kernel that will read it.
 
-mod fp8;
-
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::cpu::{PackedMatrix, QuantMatrix};
 use crate::error::{Result, argument};
+use crate::fp8;
 
 /// A matrix `[out_features, in_features]` that [`crate::ops::linear`] and [`crate::ops::embedding`] read.
 ///
@@ -157,7 +156,7 @@ impl Fp8Matrix {
                 return Err(argument("Fp8Matrix::round", "a weight is NaN or infinite"));
             }
             // The least normal scale: numbers of a row of zeros, or of nearly nothing, are zeros.
-            let scale = (largest / fp8::LARGEST).max(f32::MIN_POSITIVE);
+            let scale = (largest / fp8::MAX).max(f32::MIN_POSITIVE);
             bytes.extend(row.iter().map(|x| fp8::from_f32(x / scale)));
             row_scales.push(scale);
         }

@@ -8,6 +8,8 @@ mod batch;
 mod causal_lm;
 mod config;
 mod convert;
+#[cfg(feature = "cuda")]
+mod cuda_graph;
 mod decoder;
 pub mod encoder;
 mod error;

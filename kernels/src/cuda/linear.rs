@@ -12,7 +12,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 
-use super::module::{Argument, File, Linear, address, address_mut, computes_fp8, launch, multiprocessors};
+use super::module::{Argument, File, address, address_mut, computes_fp8, launch, multiprocessors};
 use crate::error::{Result, argument};
 use crate::ops::{self, Activation, Epilogue};
 use crate::tiles::{
@@ -326,7 +326,7 @@ fn run<T: Number>(
     let launch_plan = |args: LinearArgs| {
         let size = (plan.grid, plan.block, plan.shared_bytes);
         // SAFETY: addresses, shapes and strides of tensors and matrices that were checked against each other.
-        unsafe { launch(device, (file, &plan.name), size, &[Argument::Linear(Linear(args))]) }
+        unsafe { launch(device, (file, &plan.name), size, &[Argument::Linear(args)]) }
     };
     if plan.splits <= 1 {
         return launch_plan(args);
@@ -344,7 +344,7 @@ fn run<T: Number>(
             device,
             (T::FILE, &format!("finish_linear_{}", T::NAME)),
             (grid, 256, 0),
-            &[Argument::Linear(Linear(args)), Argument::U32(plan.splits)],
+            &[Argument::Linear(args), Argument::U32(plan.splits)],
         )
     }
 }

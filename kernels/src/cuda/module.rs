@@ -12,11 +12,17 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 
+use super::attention::AttentionArgs;
+use super::elementwise::RotateStoreArgs;
 use crate::error::{Result, argument};
+use crate::tiles::LinearArgs;
 
 /// A source file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum File {
+    AttentionDecode,
+    AttentionPrefill,
+    Elementwise,
     LinearBf16,
     LinearF16,
     LinearFp8,
@@ -27,6 +33,9 @@ pub(super) enum File {
 impl File {
     fn binary(self) -> &'static [u8] {
         match self {
+            Self::AttentionDecode => include_bytes!(concat!(env!("OUT_DIR"), "/attention_decode.fatbin")),
+            Self::AttentionPrefill => include_bytes!(concat!(env!("OUT_DIR"), "/attention_prefill.fatbin")),
+            Self::Elementwise => include_bytes!(concat!(env!("OUT_DIR"), "/elementwise.fatbin")),
             Self::LinearBf16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_bf16.fatbin")),
             Self::LinearF16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_f16.fatbin")),
             Self::LinearFp8 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_fp8.fatbin")),
@@ -38,10 +47,10 @@ impl File {
 
 #[derive(Default)]
 struct Loaded {
-    computes_fp8: HashMap<DeviceId, bool>,
     modules: HashMap<(DeviceId, File), Arc<CudaModule>>,
     functions: HashMap<DeviceId, HashMap<String, CudaFunction>>,
     multiprocessors: HashMap<DeviceId, usize>,
+    computes_fp8: HashMap<DeviceId, bool>,
 }
 
 thread_local! {
@@ -64,6 +73,11 @@ pub(super) fn function(device: &CudaDevice, file: File, name: &str) -> Result<Cu
             }
         };
         let function = module.load_function(name).w()?;
+        if file == File::AttentionPrefill {
+            // Tiles take more than the 48 KiB a block gets unasked; no device served here has less than this.
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, super::attention::MAX_SHARED_BYTES).w()?;
+        }
         loaded.functions.entry(device.id()).or_default().insert(name.to_owned(), function.clone());
         Ok(function)
     })
@@ -115,6 +129,8 @@ pub(super) unsafe fn launch(
             Argument::Address(x) => builder.arg(x),
             Argument::U32(x) => builder.arg(x),
             Argument::F32(x) => builder.arg(x),
+            Argument::Attention(x) => builder.arg(x),
+            Argument::RotateStore(x) => builder.arg(x),
             Argument::Linear(x) => builder.arg(x),
         };
     }
@@ -133,16 +149,17 @@ pub(super) enum Argument {
     Address(u64),
     U32(u32),
     F32(f32),
-    Linear(Linear),
+    Attention(AttentionArgs),
+    RotateStore(RotateStoreArgs),
+    Linear(LinearArgs),
 }
 
-/// [`crate::tiles::LinearArgs`] as something that can be passed.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(super) struct Linear(pub(super) crate::tiles::LinearArgs);
-
-// SAFETY: plain numbers in C's layout, without padding.
-unsafe impl DeviceRepr for Linear {}
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for AttentionArgs {}
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for RotateStoreArgs {}
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for LinearArgs {}
 
 /// Where `slice` begins.
 pub(super) fn address<T>(device: &CudaDevice, slice: &CudaSlice<T>) -> u64 {

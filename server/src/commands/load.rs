@@ -146,8 +146,10 @@ pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
             KvTypeName::Bf16 => Some(KvDtype::Bf16),
             KvTypeName::F16 => Some(KvDtype::F16),
             KvTypeName::Int8 => Some(KvDtype::Int8),
+            KvTypeName::Fp8 => Some(KvDtype::Fp8),
         },
         device: device(args.device)?,
+        step_graphs: true,
         max_model_len: args.max_model_len,
         progress: None,
     })
