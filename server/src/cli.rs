@@ -102,6 +102,10 @@ pub struct ModelArgs {
     /// the CPU (`ingle doctor` tells why not).
     #[arg(long, env = "INGLE_DEVICE", default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceName,
+    /// On a GPU, too, give a sequence the same bits whatever shares its batch: one kernel for all sizes of batch, which is
+    /// slower. On the CPU it is always so.
+    #[arg(long, env = "INGLE_DETERMINISTIC", num_args = 0..=1, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub deterministic: bool,
     /// Threads that compute; 0: all processors this process may use.
     #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
     pub threads: usize,
