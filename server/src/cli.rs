@@ -91,7 +91,7 @@ pub struct ModelArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded, for less memory and more speed (CPU only). A quantised GGUF
+    /// Round the weights to fewer bits while they are loaded, for less memory and more speed (not with Metal). A quantised GGUF
     /// file needs no flag: Q8_0, Q4_0 and Q4_1 are computed as they are stored.
     #[arg(long, env = "INGLE_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
@@ -168,7 +168,7 @@ pub struct EncoderArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
     pub embedding_dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded (CPU only).
+    /// Round the weights to fewer bits while they are loaded (not with Metal).
     #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
     pub embedding_quantization: QuantizationName,
     /// Tokens of one batch at most. Batches are cut shorter than that by the speed measured.
@@ -233,7 +233,7 @@ pub struct EmbedArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded (CPU only).
+    /// Round the weights to fewer bits while they are loaded (not with Metal).
     #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
     /// Where to compute: `cpu`, the NVIDIA GPU `cuda` or `cuda:N`, `metal`; auto: the first GPU that can be used, else
