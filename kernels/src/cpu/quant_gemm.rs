@@ -7,6 +7,8 @@
 use super::dot::{Dot, STEP_BYTES};
 use super::quant::{CodeWidth, QuantMatrix, STEP_COLS};
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, amx::bytes, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool};
 
 /// Panels that one group of accumulators spans at most.
@@ -24,15 +26,35 @@ pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut
     if y.is_empty() {
         return;
     }
-    let x = RoundedRows::new(x, w);
+    #[cfg(target_arch = "x86_64")]
+    let tiled = if isa() == Isa::Amx { bytes::tiled_rows(x.num_rows, w) } else { 0 };
+    #[cfg(not(target_arch = "x86_64"))]
+    let tiled = 0;
+    product(x, w, bias, y, tiled);
+}
+
+/// As [`matmul`], the first `tiled` rows on byte tiles.
+pub(super) fn product(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut Unwritten, tiled: usize) {
+    let x = RoundedRows::new(x, w, tiled > 0);
+    #[cfg(target_arch = "x86_64")]
+    let tiled_rows = (tiled > 0).then(|| bytes::TiledRows::new(tiled, &x.codes, &x.scales, &x.totals, w));
     let num_panels = w.num_panels();
     // Enough pieces for all threads to end together, each long enough to be worth claiming.
     let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool::num_threads()).max(1);
     let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP / 2);
-    let job = Job { x: &x, w, bias, y: OutPtr::new(y) };
+    let job = Job { x: &x, first_row: tiled, w, bias, y: OutPtr::new(y) };
     pool::run(num_panels.div_ceil(per_piece), |piece| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
         let job = &job;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(x) = &tiled_rows {
+            let job = bytes::Job { x, w, bias, y: job.y };
+            // SAFETY: rows are for tiles only where these may be used; the columns of these panels are this piece's.
+            unsafe { bytes::panels_of(&job, panels.clone()) };
+        }
+        if job.first_row == job.x.num_rows {
+            return;
+        }
         dispatch_dot!(panels_of(job, panels), [job: &Job<'_>, panels: std::ops::Range<usize>]);
     });
 }
@@ -40,7 +62,7 @@ pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut
 /// Activations as signed bytes.
 struct RoundedRows {
     num_rows: usize,
-    /// `[num_rows][depth]`
+    /// `[num_rows][depth]`, for tiles padded to whole ones.
     codes: Vec<i8>,
     /// `[num_rows][groups]`
     scales: Vec<f32>,
@@ -51,9 +73,13 @@ struct RoundedRows {
 }
 
 impl RoundedRows {
-    fn new(x: Rows<'_>, w: &QuantMatrix) -> Self {
+    fn new(x: Rows<'_>, w: &QuantMatrix, tiles: bool) -> Self {
         let (num_rows, groups) = (x.num_rows, w.num_groups());
-        let mut codes = vec![0_i8; num_rows * w.depth];
+        #[cfg(target_arch = "x86_64")]
+        let padded = if tiles { num_rows.next_multiple_of(LANES) * w.depth + bytes::SLACK } else { 0 };
+        #[cfg(not(target_arch = "x86_64"))]
+        let padded = usize::from(tiles);
+        let mut codes = vec![0_i8; padded.max(num_rows * w.depth)];
         let mut scales = vec![0.0_f32; num_rows * groups];
         let mut starts = vec![0_i32; num_rows * groups];
         let mut totals = vec![0.0_f32; if w.mins.is_some() { num_rows * groups } else { 0 }];
@@ -160,6 +186,8 @@ unsafe fn round_kernel<S: Simd>(
 
 struct Job<'a> {
     x: &'a RoundedRows,
+    /// Rows before this one are somebody else's.
+    first_row: usize,
     w: &'a QuantMatrix,
     bias: Option<&'a [f32]>,
     y: OutPtr<f32>,
@@ -215,7 +243,7 @@ impl Codes for Halves {
 /// As [`panels_of`]; `C` is the width of the codes.
 #[inline(always)]
 unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::ops::Range<usize>) {
-    let num_rows = job.x.num_rows;
+    let num_rows = job.x.num_rows - job.first_row;
     let num_blocks = num_rows.div_ceil((D::ACCUMULATORS / 2).max(1));
     let most_rows = num_rows.div_ceil(num_blocks);
     let count = (D::ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
@@ -227,7 +255,7 @@ unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::op
         for block in 0..num_blocks {
             // Blocks of nearly equal size: a last block of one row would waste a pass over the weights.
             let rows = (num_rows - first).div_ceil(num_blocks - block);
-            let tile = Tile { job, first, panel };
+            let tile = Tile { job, first: job.first_row + first, panel };
             // SAFETY: rows and panels are those of the job.
             unsafe { tile.run::<S, D, C>(rows, count) };
             first += rows;
@@ -280,7 +308,7 @@ impl Tile<'_> {
     /// `M` rows by `N` panels: whole-number sums of a group and f32 sums of the groups, all in registers.
     #[inline(always)]
     unsafe fn kernel<S: Simd, D: Dot<S>, C: Codes, const M: usize, const N: usize>(&self) {
-        let Job { x, w, bias, y } = *self.job;
+        let Job { x, w, bias, y, .. } = *self.job;
         let (groups, depth) = (w.num_groups(), w.depth);
         let panel_bytes = w.width.panel_bytes(depth);
         let codes = w.codes[self.panel * panel_bytes..][..N * panel_bytes].as_ptr();

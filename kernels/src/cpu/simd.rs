@@ -28,6 +28,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// Widens sixteen signed bytes.
     unsafe fn load_i8(p: *const i8) -> Self::V;
+    /// The sixteen whole numbers as the nearest f32.
+    unsafe fn load_i32(p: *const i32) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);
     /// `a * b + c`
@@ -148,6 +150,11 @@ impl Simd for Portable {
         unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
     }
     #[inline(always)]
+    unsafe fn load_i32(p: *const i32) -> Self::V {
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[i32; LANES]>().read_unaligned() }.map(|x| x as f32)
+    }
+    #[inline(always)]
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V) {
         // SAFETY: thirty-two elements, given by the caller.
         let raw = unsafe { p.cast::<[u16; 2 * LANES]>().read_unaligned() };
@@ -256,6 +263,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_i8(p: *const i8) -> __m512 {
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_i32(p: *const i32) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast())) }
         }
         #[inline(always)]
         unsafe fn load_bf16_pair(p: *const u16) -> (__m512, __m512) {
@@ -405,6 +416,13 @@ mod x86 {
                 let bytes = _mm_loadu_si128(p.cast());
                 let half = |bytes| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
                 (half(bytes), half(_mm_unpackhi_epi64(bytes, bytes)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i32(p: *const i32) -> Two {
+            unsafe {
+                let half = |p: *const i32| _mm256_cvtepi32_ps(_mm256_loadu_si256(p.cast()));
+                (half(p), half(p.add(8)))
             }
         }
         #[inline(always)]

@@ -1,4 +1,5 @@
-//! `x [m, k] * w [n, k]^T -> y [m, n]` on the matrix unit of AMX: bf16 by bf16, summed in f32.
+//! `x [m, k] * w [n, k]^T -> y [m, n]` on the matrix unit of AMX: bf16 by bf16, summed in f32. Whole-number weights are in
+//! [`bytes`].
 //!
 //! The packed panels of a bf16 weight are tiles as they lie: 32 columns of a panel are 16 rows of 64 bytes. Activations
 //! are rounded to bf16 and padded to whole tiles of sixteen rows, so that one tile shape serves every call. Each output
@@ -13,6 +14,7 @@ use super::matrix::{BF16_TILE_COLS as TILE_COLS, PackedMatrix};
 use super::simd::LANES;
 use super::{OutPtr, Rows, Unwritten, pool};
 
+pub(super) mod bytes;
 #[cfg(test)]
 mod emulator;
 #[cfg(test)]
@@ -42,9 +44,10 @@ static CONFIG: TileConfig = {
     TileConfig(bytes)
 };
 
-/// Whether this processor and system have bf16 tiles and let this process use them, and one product comes out right.
+/// Whether this processor and system have tiles of bf16 and bytes and let this process use them, and one product of each
+/// comes out right.
 pub(super) fn is_available() -> bool {
-    has_tiles() && may_use_tiles() && first_product_is_right()
+    has_tiles() && may_use_tiles() && first_product_is_right() && bytes::first_product_is_right()
 }
 
 fn has_tiles() -> bool {
@@ -56,14 +59,14 @@ fn has_tiles() -> bool {
         unsafe { _xgetbv(0) }
     }
     const OSXSAVE: u32 = 1 << 27;
-    const AMX_BF16_AND_TILE: u32 = (1 << 22) | (1 << 24);
+    const BF16_TILE_AND_INT8: u32 = (1 << 22) | (1 << 24) | (1 << 25);
     const TILE_STATE: u64 = (1 << 17) | (1 << 18);
     if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
         return false;
     }
     // SAFETY: `OSXSAVE` says that the instruction may be used.
     let state = unsafe { enabled_state() };
-    __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE && state & TILE_STATE == TILE_STATE
+    __cpuid_count(7, 0).edx & BF16_TILE_AND_INT8 == BF16_TILE_AND_INT8 && state & TILE_STATE == TILE_STATE
 }
 
 /// Linux saves tile registers only for processes that have asked.
@@ -317,8 +320,15 @@ unsafe fn multiply_strided<const TWO: bool>(
 /// # Safety
 /// Tiles may be used.
 unsafe fn configure() {
+    // SAFETY: given by the caller.
+    unsafe { load_config(&CONFIG) };
+}
+
+/// # Safety
+/// Tiles may be used.
+unsafe fn load_config(config: &'static TileConfig) {
     // SAFETY: the configuration is 64 bytes and static.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG.0, options(nostack, readonly)) };
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config.0, options(nostack, readonly)) };
 }
 
 /// Leaves the tiles empty: a thread in that state is switched without saving eight KiB.
