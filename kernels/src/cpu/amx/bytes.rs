@@ -248,12 +248,7 @@ unsafe fn block<S: Simd>(job: &Job<'_>, codes: &[Line], panel: usize, row: usize
 /// # Safety
 /// Tiles are configured as [`CONFIG`]. `x`: 16 rows of 64 bytes, `stride` apart; `codes`: 1024 bytes.
 #[inline(always)]
-unsafe fn products(
-    x: *const i8,
-    stride: usize,
-    codes: *const i8,
-    sums: &mut [[i32; TILE_ROWS * LANES]; 2],
-) {
+unsafe fn products(x: *const i8, stride: usize, codes: *const i8, sums: &mut [[i32; TILE_ROWS * LANES]; 2]) {
     // SAFETY: the loads stay in what the caller gives, the stores in `sums`; tile registers belong to nobody between
     // blocks, and are declared as changed.
     unsafe {

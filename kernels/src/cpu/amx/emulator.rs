@@ -216,9 +216,8 @@ fn flushed(x: f32) -> f32 {
 /// `tile[out] += tile[a] * tile[b]`, pairs of bf16.
 fn multiply(tiles: &mut Tiles, out: usize, a: usize, b: usize) {
     let (rows, columns, pairs) = shape(tiles, out, a, b);
-    let number = |row: &[u8; 64], i: usize| {
-        flushed(half::bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32())
-    };
+    let number =
+        |row: &[u8; 64], i: usize| flushed(half::bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32());
     for row in 0..rows {
         for column in 0..columns {
             let mut sums = [0.0_f32; 2];

@@ -10,20 +10,21 @@
 
 use std::arch::asm;
 
-use super::matrix::{BF16_TILE_COLS as TILE_COLS, PackedMatrix};
-use super::simd::LANES;
-use super::{OutPtr, Rows, Unwritten, pool};
+pub(super) use super::matrix::BF16_TILE_COLS as TILE_COLS;
+use super::matrix::PackedMatrix;
+use super::simd::{LANES, Simd};
+use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 
 pub(super) mod bytes;
 #[cfg(test)]
 mod emulator;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// Rows of a tile.
-const TILE_ROWS: usize = 16;
+pub(super) const TILE_ROWS: usize = 16;
 /// Bytes of a tile.
-const TILE_BYTES: usize = 1024;
+pub(super) const TILE_BYTES: usize = 1024;
 /// Panels that are multiplied at once.
 const PANELS: usize = 2;
 
@@ -149,9 +150,8 @@ impl RoundedRows {
         let row = |idx: usize| {
             // SAFETY: one piece a row; rows do not overlap.
             let out = unsafe { out.slice(idx * depth, depth) };
-            for (out, x) in out.iter_mut().zip(x.row(idx)) {
-                *out = half::bf16::from_f32(*x).to_bits();
-            }
+            let x = x.row(idx);
+            dispatch!(round(x, out) -> (), [x: &[f32], out: &mut [u16]]);
         };
         if x.num_rows * depth < 1 << 15 {
             (0..x.num_rows).for_each(row);
@@ -159,6 +159,23 @@ impl RoundedRows {
             pool::run(x.num_rows, row);
         }
         Self { num_rows: x.num_rows, data }
+    }
+}
+
+/// Rounds `x` to bf16.
+///
+/// # Safety
+/// `out` is at least as long as `x`; the instruction set of `S`.
+#[inline(always)]
+unsafe fn round<S: Simd>(x: &[f32], out: &mut [u16]) {
+    let (vectors, rest) = x.as_chunks::<LANES>();
+    let (out, rest_out) = out.split_at_mut(vectors.len() * LANES);
+    for (x, out) in vectors.iter().zip(out.chunks_exact_mut(LANES)) {
+        // SAFETY: both have sixteen elements; the instruction set is given.
+        unsafe { S::store_bf16(out.as_mut_ptr(), S::load(x.as_ptr())) };
+    }
+    for (x, out) in rest.iter().zip(rest_out) {
+        *out = half::bf16::from_f32(*x).to_bits();
     }
 }
 
@@ -319,7 +336,7 @@ unsafe fn multiply_strided<const TWO: bool>(
 ///
 /// # Safety
 /// Tiles may be used.
-unsafe fn configure() {
+pub(super) unsafe fn configure() {
     // SAFETY: given by the caller.
     unsafe { load_config(&CONFIG) };
 }
@@ -335,7 +352,7 @@ unsafe fn load_config(config: &'static TileConfig) {
 ///
 /// # Safety
 /// Tiles may be used.
-unsafe fn release() {
+pub(super) unsafe fn release() {
     // SAFETY: touches no memory.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }

@@ -10,7 +10,7 @@ use super::{bytes, emulator, first_product_is_right, has_tiles, matmul, may_use_
 use crate::weight::{BlockType, QuantizedBlocks};
 
 /// From here on this thread may use tiles.
-fn use_tiles() {
+pub(in crate::cpu) fn use_tiles() {
     if has_tiles() {
         assert!(may_use_tiles());
     } else {
@@ -18,12 +18,12 @@ fn use_tiles() {
     }
 }
 
-fn bits(x: &[f32]) -> Vec<u32> {
+pub(in crate::cpu) fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
 /// Numbers in -1..1 that repeat for a seed.
-fn numbers(seed: u32, count: usize) -> Vec<f32> {
+pub(in crate::cpu) fn numbers(seed: u32, count: usize) -> Vec<f32> {
     let mut state = seed;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

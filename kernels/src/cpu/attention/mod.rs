@@ -7,6 +7,10 @@
 //! segments become pieces (split-KV). A row's result therefore does not depend on how many rows it is computed with, on
 //! where a prefill was cut, on which blocks hold the keys, or on how the work was shared.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod amx_tests;
 mod products;
 mod softmax;
 mod tiles;
@@ -18,6 +22,8 @@ use self::softmax::{Softmax, join, multiply, soften};
 use self::tiles::{Bf16, Element, F16, F32, Gathered, Int8, Widened};
 use super::kv::{KvData, KvStore};
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 use crate::ops::{AttnParams, PagedMeta};
 
@@ -39,6 +45,22 @@ pub(crate) fn paged_attention(
     params: &AttnParams,
     y: &mut Unwritten,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    let matrix_unit = isa() == Isa::Amx;
+    #[cfg(not(target_arch = "x86_64"))]
+    let matrix_unit = false;
+    compute(q, store, meta, params, matrix_unit, y);
+}
+
+/// As [`paged_attention`]; `matrix_unit`: caches of bf16 and bytes on tiles, where these may be used.
+fn compute(
+    q: Rows<'_>,
+    store: &KvStore,
+    meta: &PagedMeta,
+    params: &AttnParams,
+    matrix_unit: bool,
+    y: &mut Unwritten,
+) {
     let num_heads = q.width / store.head_dim;
     let group = num_heads / store.num_kv_heads;
     assert!(q.width == num_heads * store.head_dim && num_heads == group * store.num_kv_heads, "heads");
@@ -53,7 +75,7 @@ pub(crate) fn paged_attention(
             }
         }
     }
-    let job = Job { q, store, meta, params, group, y: OutPtr::new(y) };
+    let job = Job { q, store, meta, params, group, matrix_unit, y: OutPtr::new(y) };
     if pieces.len() < PIECES_PER_THREAD * pool::num_threads() {
         return attend_split(&job, &pieces);
     }
@@ -118,6 +140,7 @@ struct Job<'a> {
     meta: &'a PagedMeta,
     params: &'a AttnParams,
     group: usize,
+    matrix_unit: bool,
     y: OutPtr<f32>,
 }
 
@@ -137,8 +160,9 @@ impl Job<'_> {
 
     /// Writes the rows of `piece`.
     fn write(&self, piece: Piece, result: &Softmax) {
-        let (dim, padded) = (self.store.head_dim, self.store.padded_dim);
-        for (row, sum) in result.row_sum.iter().enumerate() {
+        let (dim, padded) = (self.store.head_dim, result.padded());
+        let num_rows = (piece.end - piece.first) * self.group;
+        for (row, sum) in result.row_sum.iter().enumerate().take(num_rows) {
             let token = piece.first + row / self.group;
             let head = piece.kv_head * self.group + row % self.group;
             // SAFETY: this token's part of this head is written for this piece alone.
@@ -171,6 +195,14 @@ unsafe fn run_keys<S: Simd>(job: &Job<'_>, piece: Piece, keys: std::ops::Range<u
     // SAFETY: the element type matches the buffers; the rest is the contract of `attend`.
     unsafe {
         match &job.store.data {
+            #[cfg(target_arch = "x86_64")]
+            KvData::Bf16 { k, v } if job.matrix_unit => {
+                amx::attend::<S, amx::Bf16>(job, piece, keys, (k, v), None)
+            }
+            #[cfg(target_arch = "x86_64")]
+            KvData::Int8 { k, v, k_scales, v_scales } if job.matrix_unit => {
+                amx::attend::<S, amx::Int8>(job, piece, keys, (k, v), Some((k_scales, v_scales)))
+            }
             KvData::F32 { k, v } => attend::<S, F32>(job, piece, keys, (k, v), None),
             KvData::Bf16 { k, v } => attend::<S, Bf16>(job, piece, keys, (k, v), None),
             KvData::F16 { k, v } => attend::<S, F16>(job, piece, keys, (k, v), None),

@@ -1,35 +1,35 @@
-//! Attention over a paged cache of bf16 or bytes on the matrix unit: scores and weighted values are tile products of
-//! bf16, the softmax between them is f32.
+//! Attention over a cache of bf16 or bytes on the matrix unit: scores and weighted values are tile products of bf16, the
+//! softmax between them is f32.
 //!
-//! For each chunk of keys, as [`super::super::attention`] cuts them, and each tile of sixteen query rows:
+//! For each chunk of keys and each tile of sixteen query rows:
 //!
 //! 1. scores [16 rows][64 keys] = queries * keys, over the features in steps of 32;
 //! 2. weights = e^(score - greatest score), rounded to bf16; what came before is rescaled if the greatest has grown;
 //! 3. sums [16 rows][features] += weights * values, the first 32 keys, then the other 32.
 //!
-//! Queries and weights lose all but eight bits, which is what cached keys and values have as well. A row's weights are
-//! divided by the sum of the *rounded* ones, so that they add up to one.
+//! Queries and weights keep eight bits, as many as cached keys and values have. A row's weights are divided by the sum
+//! of the *rounded* ones, so that they add up to one.
 //!
 //! **Batch invariance.** A tile product computes each row by itself, in an order given by the position in the chunk
 //! alone, so a row has the same bits in any tile, whoever its neighbours are: one row uses the same tiles as many, in
 //! decoding too. There the tiles are mostly empty, and reading the cache is what takes the time. Keys that a row does
 //! not see have the weight zero, and those behind the end of the sequence count as zero values: adding their products
-//! changes no sum. (It may turn -0 into 0, so the results have no -0.)
+//! changes no sum. (It may turn -0 into 0, so no sum is left -0.)
 
 use std::arch::asm;
 
-use super::super::attention::{CHUNK, Gathered, Job, Piece, Tiles};
-use super::super::simd::{LANES, Simd};
-use super::{TILE_BYTES, TILE_COLS, TILE_ROWS, configure, release};
+use super::softmax::{Softmax, join};
+use super::tiles::{Gathered, Tiles};
+use super::{CHUNK, Job, Piece, SEGMENT, TILES};
+use crate::cpu::amx::{TILE_BYTES, TILE_COLS, TILE_ROWS, configure, release};
+use crate::cpu::simd::{LANES, Simd};
 use crate::ops::AttnParams;
 
-/// Tiles of keys of a chunk.
-const KEY_TILES: usize = CHUNK / LANES;
 /// Elements of a tile of pairs.
 const TILE_PAIRS: usize = TILE_ROWS * LANES;
 
 /// How cached elements become bf16.
-pub(in crate::cpu) trait Element {
+pub(super) trait Element {
     type Raw: Copy + Default;
 
     /// # Safety
@@ -37,9 +37,9 @@ pub(in crate::cpu) trait Element {
     unsafe fn load(p: *const Self::Raw) -> [u16; LANES];
 }
 
-pub(in crate::cpu) struct Bf16;
+pub(super) struct Bf16;
 /// Bytes: bf16 has room for their eight bits.
-pub(in crate::cpu) struct Int8;
+pub(super) struct Int8;
 
 impl Element for Bf16 {
     type Raw = u16;
@@ -65,24 +65,20 @@ impl Element for Int8 {
 /// Scales of the keys and values of a chunk of bytes.
 type Scales<'a> = (&'a [f32; CHUNK], &'a [f32; CHUNK]);
 
-/// The rows of a piece.
-struct State {
+/// Queries of a piece, and the keys and values of a chunk, as tiles.
+struct Operands {
     num_rows: usize,
     /// Features, padded to the depth of a tile.
     depth: usize,
     /// bf16, `[num_rows, padded][depth]`
     queries: Vec<u16>,
-    /// Weighted values, `[num_rows, padded][depth]`.
-    sums: Vec<f32>,
-    row_max: Vec<f32>,
-    row_sum: Vec<f32>,
     /// Pairs of features, `[tile of keys][depth / 2][16 keys][2]`; the features beyond the last are zero.
     keys: Vec<u32>,
     /// Pairs of keys, `[half of the chunk][depth / 16][16 pairs of keys][16 features][2]`.
     values: Vec<u32>,
 }
 
-impl State {
+impl Operands {
     /// # Safety
     /// The instruction set of `S`.
     #[inline(always)]
@@ -91,8 +87,7 @@ impl State {
         let dim = store.head_dim;
         let depth = dim.next_multiple_of(TILE_COLS);
         let num_rows = (piece.end - piece.first) * group;
-        let padded_rows = num_rows.next_multiple_of(TILE_ROWS);
-        let mut queries = vec![0_u16; padded_rows * depth];
+        let mut queries = vec![0_u16; num_rows.next_multiple_of(TILE_ROWS) * depth];
         let mut padded = vec![0.0_f32; depth];
         for (row, queries) in queries.chunks_exact_mut(depth).take(num_rows).enumerate() {
             let head = piece.kv_head * group + row % group;
@@ -106,9 +101,6 @@ impl State {
             num_rows,
             depth,
             queries,
-            sums: vec![0.0; padded_rows * depth],
-            row_max: vec![f32::NEG_INFINITY; num_rows],
-            row_sum: vec![0.0; num_rows],
             keys: vec![0; CHUNK * depth / 2],
             values: vec![0; CHUNK / 2 * depth],
         }
@@ -121,14 +113,16 @@ impl State {
     #[inline(always)]
     unsafe fn load_keys<E: Element>(&mut self, tiles: &Tiles<E::Raw>, dim: usize, num_keys: usize) {
         let tile_len = self.depth / 2 * LANES;
-        for (tile, out) in tiles.iter().zip(self.keys.chunks_exact_mut(tile_len)).take(num_keys.div_ceil(LANES)) {
+        for (tile, out) in
+            tiles.iter().zip(self.keys.chunks_exact_mut(tile_len)).take(num_keys.div_ceil(LANES))
+        {
             for (pair, out) in out.chunks_exact_mut(LANES).take(dim.div_ceil(2)).enumerate() {
                 // SAFETY: features below `dim`, given by the caller.
                 let (first, second) = unsafe {
                     let p = tile.0.add(2 * pair * LANES);
                     (E::load(p), if 2 * pair + 1 < dim { E::load(p.add(LANES)) } else { [0; LANES] })
                 };
-                join(first, second, out);
+                interleave(first, second, out);
             }
         }
     }
@@ -152,7 +146,7 @@ impl State {
                     }
                 };
                 let out = &mut half[column * TILE_PAIRS + pair % TILE_ROWS * LANES..][..LANES];
-                join(load(2 * pair), load(2 * pair + 1), out);
+                interleave(load(2 * pair), load(2 * pair + 1), out);
             }
         }
     }
@@ -160,39 +154,39 @@ impl State {
 
 /// `out[i]` is the pair of `first[i]` and `second[i]`, as tiles want them.
 #[inline(always)]
-fn join(first: [u16; LANES], second: [u16; LANES], out: &mut [u32]) {
+fn interleave(first: [u16; LANES], second: [u16; LANES], out: &mut [u32]) {
     for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
         *out = u32::from(first) | u32::from(second) << 16;
     }
 }
 
+/// What the rows of `piece` see of the positions `keys`, which begin where a segment does or before all that is seen.
+///
 /// # Safety
-/// Tiles may be used; `k`, `v` and their scales are the buffers of `job.store`; the rows of `piece` are nobody else's; the
-/// instruction set of `S`.
+/// Tiles may be used; `k`, `v` and their scales are the buffers of `job.store`; the instruction set of `S`.
 #[inline(always)]
-pub(in crate::cpu) unsafe fn attend<S: Simd, E: Element>(
+pub(super) unsafe fn attend<S: Simd, E: Element>(
     job: &Job<'_>,
     piece: Piece,
+    keys: std::ops::Range<usize>,
     (k, v): (&[E::Raw], &[E::Raw]),
     scales: Option<(&[f32], &[f32])>,
-) {
-    let Job { q, store, meta, params, group, y, .. } = *job;
+) -> Softmax {
+    let Job { store, meta, params, group, .. } = *job;
     let (dim, padded) = (store.head_dim, store.padded_dim);
-    // Position of the piece's first token: the tokens of this step are the last of the sequence.
-    let seq_len = meta.seq_lens[piece.seq] as usize;
-    let position = seq_len - (meta.cu_seqlens_q[piece.seq + 1] as usize - piece.first);
-    let last_position = position + (piece.end - piece.first) - 1;
-    let first_seen = params.sliding_window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let position = job.position(piece);
 
     // SAFETY: the instruction set is given.
-    let mut state = unsafe { State::new::<S>(job, piece) };
+    let mut operands = unsafe { Operands::new::<S>(job, piece) };
+    let padded_rows = operands.num_rows.next_multiple_of(TILE_ROWS);
+    let mut total = Softmax::new(padded_rows, operands.depth);
+    let mut segment = Softmax::new(padded_rows, operands.depth);
     let mut gathered = Gathered::<E::Raw>::default();
     let (mut key_scales, mut value_scales) = ([0.0_f32; CHUNK], [0.0_f32; CHUNK]);
-    // SAFETY: tiles may be used, and stay configured to the end.
+    // SAFETY: tiles may be used; they stay configured to the end.
     unsafe { configure() };
-    for chunk in first_seen / CHUNK..=last_position / CHUNK {
-        let start = chunk * CHUNK;
-        let num_keys = CHUNK.min(last_position + 1 - start);
+    for start in (keys.start / CHUNK * CHUNK..keys.end).step_by(CHUNK) {
+        let num_keys = CHUNK.min(keys.end - start);
         let tiles = gathered.tiles(job, piece, (start, num_keys), k, v);
         if let Some((k_scales, v_scales)) = scales {
             for key in 0..num_keys {
@@ -209,24 +203,21 @@ pub(in crate::cpu) unsafe fn attend<S: Simd, E: Element>(
         };
         // SAFETY: each tile points to dim * 16 keys and 16 * padded values; the rest is given.
         unsafe {
-            state.load_keys::<E>(&tiles, dim, num_keys);
-            state.load_values::<E>(&tiles, padded, num_keys);
-            for first in (0..state.num_rows).step_by(TILE_ROWS) {
-                visit::<S>(&mut state, first, params, scales, &seen);
+            operands.load_keys::<E>(&tiles, dim, num_keys);
+            operands.load_values::<E>(&tiles, padded, num_keys);
+            for first in (0..operands.num_rows).step_by(TILE_ROWS) {
+                visit::<S>(&operands, &mut segment, first, (params, scales), &seen);
+            }
+            if (start + CHUNK).is_multiple_of(SEGMENT) || start + CHUNK >= keys.end {
+                positive_zeros::<S>(&mut segment.sums);
+                join::<S>(&mut total, &segment);
+                segment.clear();
             }
         }
     }
     // SAFETY: as above.
     unsafe { release() };
-    for row in 0..state.num_rows {
-        let (token, head) = (piece.first + row / group, piece.kv_head * group + row % group);
-        // SAFETY: this token's part of this head is written by this piece alone.
-        let out = unsafe { y.slice(token * q.width + head * dim, dim) };
-        let scale = 1.0 / state.row_sum[row];
-        for (out, sum) in out.iter_mut().zip(&state.sums[row * state.depth..][..dim]) {
-            *out = sum * scale + 0.0;
-        }
-    }
+    total
 }
 
 /// One chunk for the tile of rows from `first` on.
@@ -235,28 +226,40 @@ pub(in crate::cpu) unsafe fn attend<S: Simd, E: Element>(
 /// Tiles are configured; the instruction set of `S`.
 #[inline(always)]
 unsafe fn visit<S: Simd>(
-    state: &mut State,
+    operands: &Operands,
+    segment: &mut Softmax,
     first: usize,
-    params: &AttnParams,
-    scales: Option<Scales<'_>>,
+    (params, scales): (&AttnParams, Option<Scales<'_>>),
     seen: &impl Fn(usize) -> std::ops::Range<usize>,
 ) {
-    let depth = state.depth;
+    let depth = operands.depth;
     let mut scores = Scores([[0.0; CHUNK]; TILE_ROWS]);
     // Rows that are none have the weight zero.
     let mut weights = Weights([[0; CHUNK]; TILE_ROWS]);
-    let queries = &state.queries[first * depth..][..TILE_ROWS * depth];
+    let queries = &operands.queries[first * depth..][..TILE_ROWS * depth];
     // SAFETY: sixteen rows of queries and of sums, a chunk of keys and values; the instruction set is given.
     unsafe {
-        score(queries, &state.keys, depth, &mut scores);
-        for row in 0..TILE_ROWS.min(state.num_rows - first) {
+        score(queries, &operands.keys, depth, &mut scores);
+        for row in 0..TILE_ROWS.min(operands.num_rows - first) {
             let at = first + row;
-            let sums = &mut state.sums[at * depth..][..depth];
-            let running = (&mut state.row_max[at], &mut state.row_sum[at]);
+            let sums = &mut segment.sums[at * depth..][..depth];
+            let running = (&mut segment.row_max[at], &mut segment.row_sum[at]);
             soften::<S>(&mut scores.0[row], seen(at), (params, scales), running, &mut weights.0[row], sums);
         }
-        let sums = &mut state.sums[first * depth..][..TILE_ROWS * depth];
-        add_values(&weights, &state.values, depth, sums);
+        let sums = &mut segment.sums[first * depth..][..TILE_ROWS * depth];
+        add_values(&weights, &operands.values, depth, sums);
+    }
+}
+
+/// Turns -0 into 0: which of the two a sum is may depend on how many zeros were added.
+///
+/// # Safety
+/// `sums` is whole vectors; the instruction set of `S`.
+#[inline(always)]
+unsafe fn positive_zeros<S: Simd>(sums: &mut [f32]) {
+    for sums in sums.chunks_exact_mut(LANES) {
+        // SAFETY: sixteen elements; the instruction set is given.
+        unsafe { S::store(sums.as_mut_ptr(), S::add(S::load(sums.as_ptr()), S::splat(0.0))) };
     }
 }
 
@@ -386,7 +389,7 @@ unsafe fn score(queries: &[u16], keys: &[u32], depth: usize, scores: &mut Scores
             options(nostack),
         );
     }
-    const { assert!(KEY_TILES == 4) };
+    const { assert!(TILES == 4) };
 }
 
 /// `sums[row] += weights[row] . values`, two tiles of features at a time.
