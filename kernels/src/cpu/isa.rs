@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// The matrix unit of AMX for bf16 weights (activations are then rounded to bf16, too), all else as `Avx512Vnni`.
+    /// The matrix unit of AMX: for bf16 weights (activations are then rounded to bf16, too), for whole-number weights with
+    /// many rows, for attention over caches of bf16 and bytes (queries are then rounded). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Amx,
     /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
@@ -58,7 +59,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx => {
-                "bf16 weights on the matrix unit, int8 and int4 with byte dot products, the rest in vectors"
+                "bf16 weights, attention over bf16 and int8 caches, and int8 and int4 weights with many rows on the \
+                 matrix unit; few rows with byte dot products, the rest in vectors"
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {

@@ -19,7 +19,7 @@
 use std::arch::asm;
 
 use super::softmax::{Softmax, join};
-use super::tiles::{Gathered, Tiles};
+use super::tiles::{Ahead, Gathered, Tiles, in_place};
 use super::{CHUNK, Job, Piece, SEGMENT, TILES};
 use crate::cpu::amx::{TILE_BYTES, TILE_COLS, TILE_ROWS, configure, release};
 use crate::cpu::simd::{LANES, Simd};
@@ -109,17 +109,24 @@ impl Operands {
     /// Brings the keys of a chunk into tiles. Tiles beyond `num_keys` keep what they have; nobody sees their scores.
     ///
     /// # Safety
-    /// The tiles point to `dim * 16` keys.
+    /// The tiles point to `dim * 16` keys; the instruction set of `S`.
     #[inline(always)]
-    unsafe fn load_keys<E: Element>(&mut self, tiles: &Tiles<E::Raw>, dim: usize, num_keys: usize) {
+    unsafe fn load_keys<S: Simd, E: Element>(
+        &mut self,
+        tiles: &Tiles<E::Raw>,
+        (dim, num_keys): (usize, usize),
+        ahead: Ahead,
+    ) {
         let tile_len = self.depth / 2 * LANES;
-        for (tile, out) in
-            tiles.iter().zip(self.keys.chunks_exact_mut(tile_len)).take(num_keys.div_ceil(LANES))
-        {
+        let num_tiles = num_keys.div_ceil(LANES);
+        for (tile, out) in self.keys.chunks_exact_mut(tile_len).take(num_tiles).enumerate() {
             for (pair, out) in out.chunks_exact_mut(LANES).take(dim.div_ceil(2)).enumerate() {
                 // SAFETY: features below `dim`, given by the caller.
                 let (first, second) = unsafe {
-                    let p = tile.0.add(2 * pair * LANES);
+                    if tile == 0 {
+                        ahead.ask::<S>(pair);
+                    }
+                    let p = tiles[tile].0.add(2 * pair * LANES);
                     (E::load(p), if 2 * pair + 1 < dim { E::load(p.add(LANES)) } else { [0; LANES] })
                 };
                 interleave(first, second, out);
@@ -130,13 +137,20 @@ impl Operands {
     /// Brings the values of a chunk into tiles; those beyond `num_keys` are zero.
     ///
     /// # Safety
-    /// The tiles point to `16 * padded` values.
+    /// The tiles point to `16 * padded` values; the instruction set of `S`.
     #[inline(always)]
-    unsafe fn load_values<E: Element>(&mut self, tiles: &Tiles<E::Raw>, padded: usize, num_keys: usize) {
+    unsafe fn load_values<S: Simd, E: Element>(
+        &mut self,
+        tiles: &Tiles<E::Raw>,
+        (padded, num_keys): (usize, usize),
+        ahead: Ahead,
+    ) {
         let half_len = self.depth / LANES * TILE_PAIRS;
         for pair in 0..CHUNK / 2 {
             let half = &mut self.values[pair / TILE_ROWS * half_len..][..half_len];
             for column in 0..padded / LANES {
+                // SAFETY: the instruction set is given.
+                unsafe { ahead.ask::<S>(pair * (padded / LANES) + column) };
                 let load = |key: usize| {
                     if key < num_keys {
                         // SAFETY: a key of the chunk and whole vectors of its values, given by the caller.
@@ -188,6 +202,14 @@ pub(super) unsafe fn attend<S: Simd, E: Element>(
     for start in (keys.start / CHUNK * CHUNK..keys.end).step_by(CHUNK) {
         let num_keys = CHUNK.min(keys.end - start);
         let tiles = gathered.tiles(job, piece, (start, num_keys), k, v);
+        // While the keys are read the values are on their way, and then the next keys.
+        let values = Ahead::values(&tiles, padded);
+        let next = if start + CHUNK < keys.end && job.in_place() {
+            let num_keys = CHUNK.min(keys.end - start - CHUNK);
+            Ahead::keys(&in_place(job, piece, (start + CHUNK, num_keys), k, v), dim)
+        } else {
+            Ahead::nothing()
+        };
         if let Some((k_scales, v_scales)) = scales {
             for key in 0..num_keys {
                 let slot = meta.slot(piece.seq, start + key);
@@ -203,8 +225,8 @@ pub(super) unsafe fn attend<S: Simd, E: Element>(
         };
         // SAFETY: each tile points to dim * 16 keys and 16 * padded values; the rest is given.
         unsafe {
-            operands.load_keys::<E>(&tiles, dim, num_keys);
-            operands.load_values::<E>(&tiles, padded, num_keys);
+            operands.load_keys::<S, E>(&tiles, (dim, num_keys), values);
+            operands.load_values::<S, E>(&tiles, (padded, num_keys), next);
             for first in (0..operands.num_rows).step_by(TILE_ROWS) {
                 visit::<S>(&operands, &mut segment, first, (params, scales), &seen);
             }

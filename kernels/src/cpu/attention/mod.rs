@@ -15,11 +15,12 @@ mod products;
 mod softmax;
 mod tiles;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use self::products::{add_all, score_all};
 use self::softmax::{Softmax, join, multiply, soften};
-use self::tiles::{Bf16, Element, F16, F32, Gathered, Int8, Widened};
+use self::tiles::{Ahead, Bf16, Element, F16, F32, Gathered, Int8, Widened, in_place};
 use super::kv::{KvData, KvStore};
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -82,8 +83,7 @@ fn compute(
     // The longest first, so that threads end together.
     pieces.sort_by_key(|piece| std::cmp::Reverse(job.keys_seen(*piece).len() * (piece.end - piece.first)));
     pool::run(pieces.len(), |idx| {
-        let (job, piece) = (&job, pieces[idx]);
-        dispatch!(run(job, piece) -> (), [job: &Job<'_>, piece: Piece]);
+        job.write(pieces[idx], &attend(&job, pieces[idx], job.keys_seen(pieces[idx])));
     });
 }
 
@@ -92,28 +92,21 @@ const PIECES_PER_THREAD: usize = 4;
 
 /// One region over the segments of all pieces, then what they gave is joined in order.
 fn attend_split(job: &Job<'_>, pieces: &[Piece]) {
-    let segments: Vec<(Piece, usize)> = pieces
+    let segments: Vec<(Piece, Range<usize>)> = pieces
         .iter()
         .flat_map(|piece| {
             let keys = job.keys_seen(*piece);
-            (keys.start / SEGMENT..=(keys.end - 1) / SEGMENT).map(|segment| (*piece, segment))
+            (keys.start / SEGMENT..=(keys.end - 1) / SEGMENT).map(move |segment| {
+                let part = keys.start.max(segment * SEGMENT)..keys.end.min((segment + 1) * SEGMENT);
+                (*piece, part)
+            })
         })
         .collect();
-    if segments.len() == pieces.len() {
-        return pool::run(pieces.len(), |idx| {
-            let (job, piece) = (job, pieces[idx]);
-            dispatch!(run(job, piece) -> (), [job: &Job<'_>, piece: Piece]);
-        });
-    }
     let parts: Vec<OnceLock<Softmax>> = segments.iter().map(|_| OnceLock::new()).collect();
     pool::run(segments.len(), |idx| {
-        let (piece, segment) = segments[idx];
-        let part = dispatch!(
-            run_segment(job, piece, segment) -> Softmax,
-            [job: &Job<'_>, piece: Piece, segment: usize]
-        );
+        let (piece, keys) = &segments[idx];
         // Each index runs once, so the place is empty.
-        let _ = parts[idx].set(part);
+        let _ = parts[idx].set(attend(job, *piece, keys.clone()));
     });
     let mut parts = parts.into_iter().filter_map(OnceLock::into_inner).zip(&segments).peekable();
     while let Some((mut total, (piece, _))) = parts.next() {
@@ -145,6 +138,11 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// Sixteen positions from a multiple of sixteen lie side by side in the cache.
+    fn in_place(&self) -> bool {
+        self.meta.block_size.is_multiple_of(LANES)
+    }
+
     /// Position of the piece's first token: the tokens of this step are the last of the sequence.
     fn position(&self, piece: Piece) -> usize {
         let seq_len = self.meta.seq_lens[piece.seq] as usize;
@@ -152,7 +150,7 @@ impl Job<'_> {
     }
 
     /// Positions that some row of the piece sees; never empty.
-    fn keys_seen(&self, piece: Piece) -> std::ops::Range<usize> {
+    fn keys_seen(&self, piece: Piece) -> Range<usize> {
         let position = self.position(piece);
         let first = self.params.sliding_window.map_or(0, |window| (position + 1).saturating_sub(window));
         first..position + piece.end - piece.first
@@ -175,53 +173,56 @@ impl Job<'_> {
     }
 }
 
-#[inline(always)]
-unsafe fn run<S: Simd>(job: &Job<'_>, piece: Piece) {
-    // SAFETY: given by the caller.
-    let result = unsafe { run_keys::<S>(job, piece, job.keys_seen(piece)) };
-    job.write(piece, &result);
-}
-
-#[inline(always)]
-unsafe fn run_segment<S: Simd>(job: &Job<'_>, piece: Piece, segment: usize) -> Softmax {
-    let seen = job.keys_seen(piece);
-    let keys = seen.start.max(segment * SEGMENT)..seen.end.min((segment + 1) * SEGMENT);
-    // SAFETY: given by the caller.
-    unsafe { run_keys::<S>(job, piece, keys) }
-}
-
-#[inline(always)]
-unsafe fn run_keys<S: Simd>(job: &Job<'_>, piece: Piece, keys: std::ops::Range<usize>) -> Softmax {
-    // SAFETY: the element type matches the buffers; the rest is the contract of `attend`.
-    unsafe {
-        match &job.store.data {
-            #[cfg(target_arch = "x86_64")]
-            KvData::Bf16 { k, v } if job.matrix_unit => {
-                amx::attend::<S, amx::Bf16>(job, piece, keys, (k, v), None)
+/// What the rows of `piece` see of the positions `keys`, which begin where a segment does or before all that is seen.
+fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
+    // A function for each type: all in one would be too large for the compiler to inline what it is made of.
+    macro_rules! of {
+        ($attend:path, $element:ty, $raw:ty, $kv:expr, $scales:expr) => {{
+            type Buffers<'a> = (&'a [$raw], &'a [$raw]);
+            type Scales<'a> = Option<(&'a [f32], &'a [f32])>;
+            #[inline(always)]
+            unsafe fn typed<S: Simd>(
+                job: &Job<'_>,
+                piece: Piece,
+                keys: Range<usize>,
+                kv: Buffers<'_>,
+                scales: Scales<'_>,
+            ) -> Softmax {
+                // SAFETY: the element type matches the buffers; the rest is given by the caller.
+                unsafe {
+                    use $attend as attend;
+                    attend::<S, $element>(job, piece, keys, kv, scales)
+                }
             }
-            #[cfg(target_arch = "x86_64")]
-            KvData::Int8 { k, v, k_scales, v_scales } if job.matrix_unit => {
-                amx::attend::<S, amx::Int8>(job, piece, keys, (k, v), Some((k_scales, v_scales)))
-            }
-            KvData::F32 { k, v } => attend::<S, F32>(job, piece, keys, (k, v), None),
-            KvData::Bf16 { k, v } => attend::<S, Bf16>(job, piece, keys, (k, v), None),
-            KvData::F16 { k, v } => attend::<S, F16>(job, piece, keys, (k, v), None),
-            KvData::Int8 { k, v, k_scales, v_scales } => {
-                attend::<S, Int8>(job, piece, keys, (k, v), Some((k_scales, v_scales)))
-            }
+            dispatch!(
+                typed(job, piece, keys, $kv, $scales) -> Softmax,
+                [job: &Job<'_>, piece: Piece, keys: Range<usize>, kv: Buffers<'_>, scales: Scales<'_>]
+            )
+        }};
+    }
+    match &job.store.data {
+        #[cfg(target_arch = "x86_64")]
+        KvData::Bf16 { k, v } if job.matrix_unit => of!(amx::attend, amx::Bf16, u16, (k, v), None),
+        #[cfg(target_arch = "x86_64")]
+        KvData::Int8 { k, v, k_scales, v_scales } if job.matrix_unit => {
+            of!(amx::attend, amx::Int8, i8, (k, v), Some((k_scales, v_scales)))
+        }
+        KvData::F32 { k, v } => of!(attend_typed, F32, f32, (k, v), None),
+        KvData::Bf16 { k, v } => of!(attend_typed, Bf16, u16, (k, v), None),
+        KvData::F16 { k, v } => of!(attend_typed, F16, u16, (k, v), None),
+        KvData::Int8 { k, v, k_scales, v_scales } => {
+            of!(attend_typed, Int8, i8, (k, v), Some((k_scales, v_scales)))
         }
     }
 }
 
-/// What the rows of `piece` see of the positions `keys`, which begin where a segment does or before all that is seen.
-///
 /// # Safety
 /// `k`, `v` and their scales are the buffers of `job.store`; the instruction set of `S`.
 #[inline(always)]
-unsafe fn attend<S: Simd, E: Element>(
+unsafe fn attend_typed<S: Simd, E: Element>(
     job: &Job<'_>,
     piece: Piece,
-    keys: std::ops::Range<usize>,
+    keys: Range<usize>,
     (k, v): (&[E::Raw], &[E::Raw]),
     scales: Option<(&[f32], &[f32])>,
 ) -> Softmax {
@@ -248,6 +249,14 @@ unsafe fn attend<S: Simd, E: Element>(
         let num_keys = CHUNK.min(keys.end - start);
         let tiles = gathered.tiles(job, piece, (start, num_keys), k, v);
         let num_tiles = num_keys.div_ceil(LANES);
+        // While the keys are read the values are on their way, and then the next keys.
+        let values = Ahead::values(&tiles, padded);
+        let next = if start + CHUNK < keys.end && job.in_place() {
+            let num_keys = CHUNK.min(keys.end - start - CHUNK);
+            Ahead::keys(&in_place(job, piece, (start + CHUNK, num_keys), k, v), dim)
+        } else {
+            Ahead::nothing()
+        };
         if let Some((k_scales, v_scales)) = scales {
             for key in 0..num_keys {
                 let slot = meta.slot(piece.seq, start + key);
@@ -259,9 +268,15 @@ unsafe fn attend<S: Simd, E: Element>(
         unsafe {
             if num_rows >= WIDENED_ROWS {
                 let tiles = widened.tiles::<S, E>(&tiles, (dim, padded), num_keys);
-                score_all::<S, F32>(&queries, &tiles, (dim, num_rows, num_tiles), &mut scores);
+                score_all::<S, F32>(
+                    &queries,
+                    &tiles,
+                    (dim, num_rows, num_tiles),
+                    Ahead::nothing(),
+                    &mut scores,
+                );
             } else {
-                score_all::<S, E>(&queries, &tiles, (dim, num_rows, num_tiles), &mut scores);
+                score_all::<S, E>(&queries, &tiles, (dim, num_rows, num_tiles), values, &mut scores);
             }
             for row in 0..num_rows {
                 let at = position + row / group;
@@ -280,9 +295,9 @@ unsafe fn attend<S: Simd, E: Element>(
             }
             if num_rows >= WIDENED_ROWS {
                 let tiles = widened.current((dim, padded));
-                add_all::<S, F32>(&scores, &tiles, (padded, num_rows, num_keys), &mut segment.sums);
+                add_all::<S, F32>(&scores, &tiles, (padded, num_rows, num_keys), next, &mut segment.sums);
             } else {
-                add_all::<S, E>(&scores, &tiles, (padded, num_rows, num_keys), &mut segment.sums);
+                add_all::<S, E>(&scores, &tiles, (padded, num_rows, num_keys), next, &mut segment.sums);
             }
             if (start + CHUNK).is_multiple_of(SEGMENT) || start + CHUNK >= keys.end {
                 join::<S>(&mut total, &segment);

@@ -1,6 +1,6 @@
 //! Scores of a chunk's keys, and sums of its values.
 
-use super::tiles::{Element, Tiles};
+use super::tiles::{Ahead, Element, Tiles};
 use super::{CHUNK, TILES};
 use crate::cpu::simd::{LANES, Simd};
 
@@ -13,6 +13,7 @@ pub(super) unsafe fn score_all<S: Simd, E: Element>(
     queries: &[f32],
     tiles: &Tiles<E::Raw>,
     (dim, num_rows, num_tiles): (usize, usize, usize),
+    mut ahead: Ahead,
     scores: &mut [f32],
 ) {
     let mut row = 0;
@@ -21,7 +22,8 @@ pub(super) unsafe fn score_all<S: Simd, E: Element>(
         // SAFETY: given by the caller.
         unsafe {
             let scores = &mut scores[row * CHUNK..];
-            score_rows::<S, E>(&queries[row * dim..], tiles, dim, rows, num_tiles, scores);
+            score_rows::<S, E>(&queries[row * dim..], tiles, dim, rows, num_tiles, ahead, scores);
+            ahead = Ahead::nothing();
         }
         row += rows;
     }
@@ -36,6 +38,7 @@ pub(super) unsafe fn add_all<S: Simd, E: Element>(
     weights: &[f32],
     tiles: &Tiles<E::Raw>,
     (padded, num_rows, num_keys): (usize, usize, usize),
+    mut ahead: Ahead,
     sums: &mut [f32],
 ) {
     let mut row = 0;
@@ -44,7 +47,8 @@ pub(super) unsafe fn add_all<S: Simd, E: Element>(
         // SAFETY: given by the caller.
         unsafe {
             let sums = &mut sums[row * padded..];
-            add_values::<S, E>(&weights[row * CHUNK..], tiles, padded, rows, num_keys, sums);
+            add_values::<S, E>(&weights[row * CHUNK..], tiles, padded, rows, num_keys, ahead, sums);
+            ahead = Ahead::nothing();
         }
         row += rows;
     }
@@ -58,13 +62,14 @@ unsafe fn score_rows<S: Simd, E: Element>(
     dim: usize,
     rows: usize,
     num_tiles: usize,
+    ahead: Ahead,
     scores: &mut [f32],
 ) {
     macro_rules! cases {
         ($($m:literal),*) => {
             match rows {
                 // SAFETY: given by the caller.
-                $($m => unsafe { score::<S, E, $m>(queries, tiles, dim, num_tiles, scores) },)*
+                $($m => unsafe { score::<S, E, $m>(queries, tiles, dim, num_tiles, ahead, scores) },)*
                 _ => unreachable!("no kernel for {rows} rows"),
             }
         };
@@ -78,6 +83,7 @@ unsafe fn score<S: Simd, E: Element, const M: usize>(
     tiles: &Tiles<E::Raw>,
     dim: usize,
     num_tiles: usize,
+    ahead: Ahead,
     scores: &mut [f32],
 ) {
     let queries = &queries[..M * dim];
@@ -87,6 +93,7 @@ unsafe fn score<S: Simd, E: Element, const M: usize>(
         if num_tiles == TILES {
             let mut sums = [[S::splat(0.0); TILES]; M];
             for d in 0..dim {
+                ahead.ask::<S>(d);
                 let keys: [S::V; TILES] = std::array::from_fn(|t| E::load::<S>(tiles[t].0.add(d * LANES)));
                 for m in 0..M {
                     let x = S::splat(*queries.as_ptr().add(m * dim + d));
@@ -104,6 +111,9 @@ unsafe fn score<S: Simd, E: Element, const M: usize>(
             for t in 0..num_tiles {
                 let mut sums = [S::splat(0.0); M];
                 for d in 0..dim {
+                    if t == 0 {
+                        ahead.ask::<S>(d);
+                    }
                     let keys = E::load::<S>(tiles[t].0.add(d * LANES));
                     for m in 0..M {
                         sums[m] = S::fma(S::splat(*queries.as_ptr().add(m * dim + d)), keys, sums[m]);
@@ -125,13 +135,14 @@ unsafe fn add_values<S: Simd, E: Element>(
     padded: usize,
     rows: usize,
     num_keys: usize,
+    ahead: Ahead,
     sums: &mut [f32],
 ) {
     macro_rules! cases {
         ($($m:literal),*) => {
             match rows {
                 // SAFETY: given by the caller.
-                $($m => unsafe { add_value_rows::<S, E, $m>(weights, tiles, padded, num_keys, sums) },)*
+                $($m => unsafe { add_value_rows::<S, E, $m>(weights, tiles, padded, num_keys, ahead, sums) },)*
                 _ => unreachable!("no kernel for {rows} rows"),
             }
         };
@@ -145,6 +156,7 @@ unsafe fn add_value_rows<S: Simd, E: Element, const M: usize>(
     tiles: &Tiles<E::Raw>,
     padded: usize,
     num_keys: usize,
+    mut ahead: Ahead,
     sums: &mut [f32],
 ) {
     let weights = &weights[..M * CHUNK];
@@ -154,12 +166,13 @@ unsafe fn add_value_rows<S: Simd, E: Element, const M: usize>(
         // SAFETY: the tiles have 16 rows of `padded` values; the slices were cut to size above.
         unsafe {
             if padded - d >= TILES * LANES {
-                add_value_columns::<S, E, M, TILES>(weights, tiles, padded, num_keys, d, sums);
+                add_value_columns::<S, E, M, TILES>(weights, tiles, padded, num_keys, d, ahead, sums);
                 d += TILES * LANES;
             } else {
-                add_value_columns::<S, E, M, 1>(weights, tiles, padded, num_keys, d, sums);
+                add_value_columns::<S, E, M, 1>(weights, tiles, padded, num_keys, d, ahead, sums);
                 d += LANES;
             }
+            ahead = Ahead::nothing();
         }
     }
 }
@@ -171,6 +184,7 @@ unsafe fn add_value_columns<S: Simd, E: Element, const M: usize, const N: usize>
     padded: usize,
     num_keys: usize,
     d: usize,
+    ahead: Ahead,
     sums: &mut [f32],
 ) {
     // SAFETY: given by the caller.
@@ -182,6 +196,7 @@ unsafe fn add_value_columns<S: Simd, E: Element, const M: usize, const N: usize>
             }
         }
         for key in 0..num_keys {
+            ahead.ask::<S>(key);
             let row = tiles[key / LANES].1.add((key % LANES) * padded + d);
             let values: [S::V; N] = std::array::from_fn(|n| E::load::<S>(row.add(n * LANES)));
             for m in 0..M {

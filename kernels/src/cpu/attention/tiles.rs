@@ -60,6 +60,65 @@ impl Element for F16 {
 /// Pointers to the keys and values of the tiles of a chunk.
 pub(super) type Tiles<T> = [(*const T, *const T); TILES];
 
+/// The tiles of a chunk where they lie; the cache keeps sixteen positions side by side ([`Job::in_place`]).
+#[inline(always)]
+pub(super) fn in_place<T>(
+    job: &Job<'_>,
+    piece: Piece,
+    (start, num_keys): (usize, usize),
+    k: &[T],
+    v: &[T],
+) -> Tiles<T> {
+    let Job { store, meta, .. } = *job;
+    let (k_len, v_len) = (store.head_dim * LANES, LANES * store.padded_dim);
+    std::array::from_fn(|tile| {
+        // Tiles beyond the keys are not read; they name the first to be some valid place.
+        let tile = if tile * LANES < num_keys { tile } else { 0 };
+        let slot = meta.slot(piece.seq, start + tile * LANES);
+        let row = (slot / LANES) * store.num_kv_heads + piece.kv_head;
+        (k[row * k_len..][..k_len].as_ptr(), v[row * v_len..][..v_len].as_ptr())
+    })
+}
+
+/// What will be read next, to be asked for a line at a time: tiles are too short for the processor to notice by itself.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    tiles: [*const u8; TILES],
+    lines: usize,
+}
+
+impl Ahead {
+    const LINE: usize = 64;
+
+    pub(super) fn nothing() -> Self {
+        Self { tiles: [std::ptr::null(); TILES], lines: 0 }
+    }
+
+    /// The keys of `tiles`.
+    pub(super) fn keys<T>(tiles: &Tiles<T>, dim: usize) -> Self {
+        Self { tiles: tiles.map(|tile| tile.0.cast()), lines: dim * LANES * size_of::<T>() / Self::LINE }
+    }
+
+    /// The values of `tiles`.
+    pub(super) fn values<T>(tiles: &Tiles<T>, padded: usize) -> Self {
+        Self { tiles: tiles.map(|tile| tile.1.cast()), lines: padded * LANES * size_of::<T>() / Self::LINE }
+    }
+
+    /// Asks for line `idx` of each tile, if there are as many.
+    ///
+    /// # Safety
+    /// The instruction set of `S`.
+    #[inline(always)]
+    pub(super) unsafe fn ask<S: Simd>(&self, idx: usize) {
+        if idx < self.lines {
+            for tile in self.tiles {
+                // SAFETY: given by the caller; a prefetch may name any address.
+                unsafe { S::prefetch(tile.wrapping_add(idx * Self::LINE)) };
+            }
+        }
+    }
+}
+
 /// Copies of tiles whose positions are scattered over the cache.
 pub(super) struct Gathered<T> {
     k: Vec<T>,
@@ -85,15 +144,10 @@ impl<T: Copy + Default> Gathered<T> {
         let Job { store, meta, .. } = *job;
         let (dim, padded) = (store.head_dim, store.padded_dim);
         let (k_len, v_len) = (dim * LANES, LANES * padded);
-        let row = |slot: usize| (slot / LANES) * store.num_kv_heads + piece.kv_head;
-        if meta.block_size.is_multiple_of(LANES) {
-            return std::array::from_fn(|tile| {
-                // Tiles beyond the keys are not read; they name the first to be some valid place.
-                let tile = if tile * LANES < num_keys { tile } else { 0 };
-                let row = row(meta.slot(piece.seq, start + tile * LANES));
-                (k[row * k_len..][..k_len].as_ptr(), v[row * v_len..][..v_len].as_ptr())
-            });
+        if job.in_place() {
+            return in_place(job, piece, (start, num_keys), k, v);
         }
+        let row = |slot: usize| (slot / LANES) * store.num_kv_heads + piece.kv_head;
         self.k.clear();
         self.k.resize(TILES * k_len, T::default());
         self.v.clear();
