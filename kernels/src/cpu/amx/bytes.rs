@@ -11,16 +11,15 @@
 use std::arch::asm;
 use std::ops::Range;
 
-use super::super::quant::{CodeWidth, QuantMatrix, STEP_COLS};
+use super::super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
+use super::super::quant_gemm::weights_of;
 use super::super::simd::{LANES, Simd};
 use super::super::{OutPtr, dispatch};
 use super::{TILE_BYTES, TILE_ROWS, TileConfig, load_config, release};
 
-/// Columns of a tile, which are those of a group.
-pub(in crate::cpu) const GROUP: usize = 32;
 /// Rows from which a tile is expected to be faster than vectors: what it costs does not depend on how many it has.
 const MIN_ROWS: usize = 8;
-/// Bytes of a group's codes of a panel.
+/// Bytes of a group's codes of a panel: a tile of half the depth.
 const CODE_BYTES: usize = GROUP * LANES;
 /// Panels spread at once, so that the activations of a block of rows are read from near.
 const PANELS: usize = 4;
@@ -61,15 +60,18 @@ pub(in crate::cpu) struct TiledRows<'a> {
     scales: Vec<f32>,
     /// As the scales, if there are minima.
     totals: Vec<f32>,
+    /// `[num_rows]`: column and value of the element that is not among the codes.
+    largest: &'a [(u32, f32)],
 }
 
 impl<'a> TiledRows<'a> {
-    /// The first `num_rows` of the rows with these `codes`, scales and totals `[row][group]`.
+    /// The first `num_rows` of the rows with these `codes`, scales and totals `[row][group]`, and largest elements.
     pub(in crate::cpu) fn new(
         num_rows: usize,
         codes: &'a [i8],
         scales: &[f32],
         totals: &[f32],
+        largest: &'a [(u32, f32)],
         w: &QuantMatrix,
     ) -> Self {
         assert!(codes.len() >= num_rows.next_multiple_of(TILE_ROWS) * w.depth + SLACK, "room for tiles");
@@ -85,7 +87,7 @@ impl<'a> TiledRows<'a> {
             tiles
         };
         let totals = if w.mins.is_some() { by_group(totals) } else { Vec::new() };
-        Self { num_rows, codes, scales: by_group(scales), totals }
+        Self { num_rows, codes, scales: by_group(scales), totals, largest }
     }
 }
 
@@ -221,7 +223,9 @@ unsafe fn block<S: Simd>(job: &Job<'_>, codes: &[Line], panel: usize, row: usize
         let width = LANES.min(w.rows - column);
         let rows = TILE_ROWS.min(x.num_rows - row);
         for (m, output) in outputs.iter().enumerate().take(rows) {
-            let output = S::mul(*output, S::splat(w.unit));
+            let (column_of_largest, value) = x.largest[row + m];
+            let weights = weights_of::<S>(w, panel, column_of_largest as usize);
+            let output = S::mul(S::fma(S::splat(value), weights, *output), S::splat(w.unit));
             let at = (row + m) * w.rows + column;
             if width == LANES {
                 let output = match bias {
