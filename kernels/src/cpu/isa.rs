@@ -18,7 +18,13 @@ pub enum Isa {
     /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// What every processor of the target has (on aarch64 that includes NEON).
+    /// NEON and the byte dot products of ARMv8.2.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
+    /// NEON, which every 64-bit ARM processor has.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// What the compiler makes of plain loops.
     Portable,
 }
 
@@ -49,6 +55,13 @@ impl Isa {
                 sets.push(Self::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                sets.push(Self::NeonDot);
+            }
+            sets.push(Self::Neon);
+        }
         sets.push(Self::Portable);
         sets
     }
@@ -70,6 +83,12 @@ impl Isa {
             Self::Avx512 => "vectors of 512 bits; int8 and int4 weights save memory rather than time",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "vectors of 256 bits; int8 and int4 weights save memory rather than time",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => {
+                "vectors of 128 bits, f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products"
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "vectors of 128 bits; int8 and int4 weights save memory rather than time",
             Self::Portable => "what the compiler makes of plain loops: everything works, slowly on x86-64",
         }
     }
@@ -86,6 +105,10 @@ impl Isa {
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => "neon-dot",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
             Self::Portable => "portable",
         }
     }

@@ -397,14 +397,19 @@ impl Tile<'_> {
         let x_codes = x.codes[self.first * depth..][..M * depth].as_ptr();
         let x_scales = &x.scales[self.first * groups..][..M * groups];
         let x_starts = &x.starts[self.first * groups..][..M * groups];
+        let from = if C::STEP > STEP_BYTES { D::BYTES_FROM } else { 0 };
+        assert!(from == 0 || from == w.zero, "bytes count from 128");
         // SAFETY: all reads lie in the slices just cut; the stores stay in row `first + m`, columns of these panels.
         unsafe {
             let mut outputs = [[S::splat(0.0); N]; M];
             for group in 0..groups {
                 let begin = group * w.group;
                 let end = (begin + w.group).min(depth);
-                let mut sums: [[D::Sums; N]; M] =
-                    std::array::from_fn(|m| [D::start(*x_starts.as_ptr().add(m * groups + group)); N]);
+                let mut sums: [[D::Sums; N]; M] = std::array::from_fn(|m| {
+                    let start = *x_starts.as_ptr().add(m * groups + group);
+                    // Codes that count from their zero already need no start.
+                    [D::start(if from == 0 { start } else { 0 }); N]
+                });
                 let mut k = begin;
                 while k < end {
                     let quads: [(D::Quad, D::Quad); M] = std::array::from_fn(|m| {

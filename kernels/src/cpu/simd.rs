@@ -24,13 +24,15 @@ pub(super) trait Simd: Copy {
     unsafe fn store(p: *mut f32, v: Self::V);
     /// Widens sixteen bf16.
     unsafe fn load_bf16(p: *const u16) -> Self::V;
-    /// The nearest bf16, ties to even; NaN stays NaN.
+    /// The nearest bf16, ties to even; NaN stays NaN. (Matrix units want it, which only x86-64 has.)
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     unsafe fn store_bf16(p: *mut u16, v: Self::V);
     /// Widens sixteen f16.
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// Widens sixteen signed bytes.
     unsafe fn load_i8(p: *const i8) -> Self::V;
     /// The sixteen whole numbers as the nearest f32.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     unsafe fn load_i32(p: *const i32) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);

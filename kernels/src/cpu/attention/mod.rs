@@ -133,6 +133,8 @@ struct Job<'a> {
     meta: &'a PagedMeta,
     params: &'a AttnParams,
     group: usize,
+    /// Only x86-64 has one.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     matrix_unit: bool,
     y: OutPtr<f32>,
 }
