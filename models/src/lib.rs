@@ -21,6 +21,7 @@ mod load;
 mod loader;
 mod mlp;
 mod moe;
+mod prequant;
 mod registry;
 mod rope;
 mod safetensors;
