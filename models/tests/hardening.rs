@@ -6,7 +6,7 @@ use std::fs;
 
 use candle_core::DType;
 use common::fixture;
-use common::folder::{copy, copy_into, edit_header, load_error, read_json, refused, with_config};
+use common::folder::{copy, copy_into, edit_header, load_error, refused, with_config};
 use ingle_models::{Error, LoadOptions, load_causal_lm};
 use serde_json::{Value, json};
 

@@ -14,17 +14,17 @@ use ingle_models::{CausalLm, LoadOptions, Quantization, load_causal_lm};
 use serde_json::json;
 
 /// Fixture, format in memory, and how far logits may be off the exact ones, as a share of the largest. Computed with
-/// whole numbers, activations are rounded to 127 steps a group of 32.
+/// whole numbers, activations are rounded to 127 steps a group of 32, and so are weights that become int8.
 const FORMATS: [(&str, &str, f32); 9] = [
-    ("llama_gptq", "GPTQ int4 g32, f16", 0.03),
-    ("qwen2_gptq_asym", "GPTQ int4 g128, f16", 0.03),
-    ("llama_gptq_act_order", "int8 (from GPTQ int4 g32 act-order), f16", 0.03),
-    ("mistral_gptq_int8", "GPTQ int8 g-1, bf16", 0.03),
-    ("llama_gptq_v2_int8_asym", "int8 (from GPTQ int8 g32), f16", 0.03),
-    ("llama_awq", "AWQ int4 g128, f16", 0.03),
-    ("llama_fp8", "bf16 (from FP8), bf16", 0.02),
-    ("qwen3_fp8_block", "bf16 (from FP8), bf16", 0.02),
-    ("llama_fp8_channel", "bf16 (from FP8), bf16", 0.02),
+    ("llama_gptq", "GPTQ int4 g32, f16", 0.05),
+    ("qwen2_gptq_asym", "GPTQ int4 g128, f16", 0.05),
+    ("llama_gptq_act_order", "int8 (from GPTQ int4 g32 act-order), f16", 0.06),
+    ("mistral_gptq_int8", "GPTQ int8 g-1, bf16", 0.05),
+    ("llama_gptq_v2_int8_asym", "int8 (from GPTQ int8 g32), f16", 0.06),
+    ("llama_awq", "AWQ int4 g128, f16", 0.05),
+    ("llama_fp8", "bf16 (from FP8), bf16", 0.05),
+    ("qwen3_fp8_block", "bf16 (from FP8), bf16", 0.05),
+    ("llama_fp8_channel", "bf16 (from FP8), bf16", 0.05),
 ];
 
 fn load(folder: &Path, options: &LoadOptions) -> Box<dyn CausalLm> {
@@ -67,7 +67,7 @@ fn what_is_asked_for_wins_over_the_checkpoint() {
         let rounded = load(&fixture(name), &options);
         assert_eq!(rounded.info().weight_format, format);
         let exact = load(&fixture(name), &LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() });
-        assert_close(name, &logits(&*rounded, name), &logits(&*exact, name), 0.04);
+        assert_close(name, &logits(&*rounded, name), &logits(&*exact, name), 0.06);
     }
 }
 
@@ -138,7 +138,7 @@ fn missing_parts_and_wrong_configs_are_refused() {
     let dir = quantised(json!({"quant_method": "gptq", "bits": 8, "group_size": 32}));
     refused(dir.path(), &[".scales", "has shape"]);
     let dir = quantised(json!({"quant_method": "gptq", "bits": 4, "group_size": 64}));
-    refused(dir.path(), &[".scales", "want [1, 64]"]);
+    refused(dir.path(), &[".scales", "in groups of 64 to 64 outputs want [2, 64]"]);
     let dir = quantised(json!("gptq"));
     refused(dir.path(), &["quantization_config must be an object"]);
     // Plain weights are wanted, and there are none.

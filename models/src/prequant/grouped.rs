@@ -10,12 +10,13 @@ use super::scheme::GROUP_STEP;
 pub(super) enum Packing {
     /// Side by side in a column of `[in_features, out_features]`: GPTQ.
     Inputs,
-    /// Side by side in a row of `[in_features, out_features]`, in the order of [`AWQ_ORDER`].
+    /// Side by side in a row of `[in_features, out_features]`, in the order of [`FIELD_OF`].
     Outputs,
 }
 
-/// Output features of the eight codes of a word, from the lowest bits up.
-const AWQ_ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+/// Where in an AWQ word the code of an output feature lies: its codes are, from the lowest bits up, of the features 0, 2,
+/// 4, 6, 1, 3, 5 and 7.
+const FIELD_OF: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 /// The tensors of one projection as they are stored, in memory. Their sizes fit each other.
 #[derive(Debug)]
@@ -39,9 +40,9 @@ impl Grouped {
         let (per_word, mask) = (codes_per_word(bits), mask(bits));
         let mut zeros = vec![0; words.len() * per_word];
         for (word, zeros) in words.iter().zip(zeros.chunks_exact_mut(per_word)) {
-            for field in 0..per_word {
-                let at = if packing == Packing::Outputs { AWQ_ORDER[field] } else { field };
-                zeros[at] = ((word >> (field as u32 * bits)) & mask) as u16 + u16::from(minus_one);
+            for (at, zero) in zeros.iter_mut().enumerate() {
+                let field = if packing == Packing::Outputs { FIELD_OF[at] } else { at };
+                *zero = ((word >> (field as u32 * bits)) & mask) as u16 + u16::from(minus_one);
             }
         }
         zeros
@@ -115,9 +116,6 @@ impl Grouped {
         Some(QuantizedBlocks { block_type, rows: self.rows, cols: self.cols, bytes })
     }
 }
-
-/// The inverse of [`AWQ_ORDER`]: where in a word the code of an output feature lies.
-const FIELD_OF: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 pub(super) fn codes_per_word(bits: u32) -> usize {
     (32 / bits) as usize
