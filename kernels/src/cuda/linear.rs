@@ -267,8 +267,12 @@ fn product<T: Number>(
             tokens: count as u32,
             ..args
         };
-        let shape =
-            LinearShape { tokens: count, rows, cols, gated: args.activation != LinearArgs::NOT_GATED };
+        let (format, file, args) = match &rounded {
+            Some(rounded) => (ROUNDED_FP8, File::LinearFp8, rounded.part(device, first, args)),
+            None => (format, T::FILE, args),
+        };
+        let gated = args.activation != LinearArgs::NOT_GATED;
+        let shape = LinearShape { tokens: count, rows, cols, gated };
         let plan = LinearPlan::new(T::NAME, format, shape, multiprocessors(device)?, one_order);
         run::<T>(device, (&plan, file), args, width)?;
     }
