@@ -11,11 +11,13 @@
 //! [`Weight`] is a matrix in the layout its kernel wants; [`KvLayer`] is one layer of the paged key/value cache.
 //! Nothing here knows a model, a sequence or a request.
 
+pub mod check;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
 mod fp8;
+pub mod gpu;
 mod kv_layer;
 pub mod ops;
 pub mod reference;

@@ -296,6 +296,10 @@ impl CausalLm for Decoder {
         self.compute(hidden, &batch.meta, &batch.logit_rows, cache)
     }
 
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
     fn info(&self) -> &ModelInfo {
         &self.info
     }

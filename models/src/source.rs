@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use ingle_kernels::{BlockType, QuantizedBlocks};
 
 use crate::Result;
@@ -74,4 +74,12 @@ pub trait TensorSource {
     /// # Errors
     /// If it is absent or its bytes cannot be read.
     fn load(&self, name: &str) -> Result<Tensor>;
+
+    /// As [`TensorSource::load`], onto `device`.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load`]; if the device is out of memory.
+    fn load_on(&self, name: &str, device: &Device) -> Result<Tensor> {
+        Ok(self.load(name)?.to_device(device)?)
+    }
 }
