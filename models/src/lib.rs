@@ -24,6 +24,7 @@ mod load;
 mod loader;
 mod mlp;
 mod moe;
+mod prequant;
 mod random;
 mod registry;
 mod rope;
