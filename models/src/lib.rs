@@ -22,6 +22,7 @@ mod load;
 mod loader;
 mod mlp;
 mod moe;
+mod prequant;
 mod random;
 mod registry;
 mod rope;

@@ -17,8 +17,9 @@ use crate::decoder::{Decoder, Placement};
 use crate::error::{Result, invalid};
 use crate::gguf;
 use crate::json::{ConfigJson, read_object};
-use crate::layout::ModelSpec;
+use crate::layout::{ModelSpec, TensorSpec};
 use crate::loader::Loader;
+use crate::prequant::{QuantisedSource, Scheme};
 use crate::registry::decoder_config;
 use crate::source::TensorSource;
 use crate::weights::FolderSource;
@@ -44,7 +45,7 @@ fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
         _ => Map::new(),
     };
     let (config, generation) = (object(model.config), object(model.generation_config));
-    load_parts((path, &config), (path, &generation), || Ok(model.source), options)
+    load_parts((path, &config), (path, &generation), || Ok(Box::new(model.source)), options)
 }
 
 fn load_folder(folder: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
@@ -52,27 +53,33 @@ fn load_folder(folder: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>
     let config = read_object(&config_path)?;
     let generation_path = folder.join("generation_config.json");
     let generation = if generation_path.is_file() { read_object(&generation_path)? } else { Map::new() };
-    let open = || FolderSource::open(folder);
+    let scheme = Scheme::read(&ConfigJson::new(&config_path, &config))?;
+    let open = || -> Result<Box<dyn TensorSource>> {
+        Ok(match &scheme {
+            Some(scheme) => Box::new(QuantisedSource::open(folder, scheme)?),
+            None => Box::new(FolderSource::open(folder)?),
+        })
+    };
     load_parts((&config_path, &config), (&generation_path, &generation), open, options)
 }
 
 /// Loads a model from its config.json and generation_config.json, each with the path that messages name, and the
 /// tensors that `open` gives once the config has been found good.
-pub(crate) fn load_parts<S: TensorSource>(
+pub(crate) fn load_parts(
     config: (&Path, &Map<String, Value>),
     generation: (&Path, &Map<String, Value>),
-    open: impl FnOnce() -> Result<S>,
+    open: impl FnOnce() -> Result<Box<dyn TensorSource>>,
     options: &LoadOptions,
 ) -> Result<Box<dyn CausalLm>> {
     let (json, generation) =
         (ConfigJson::new(config.0, config.1), ConfigJson::new(generation.0, generation.1));
     let config = decoder_config(&json)?;
     let source = open()?;
-    let source: &dyn TensorSource = &source;
+    let source = &*source;
     let spec = ModelSpec::new(&config, source);
     let num_parameters = spec.check(source)?;
     let placement = placement(&config, &json, &spec, source, options)?;
-    check_memory(source, num_parameters, &placement, available_memory())?;
+    check_bytes(source, needed_bytes(&spec, source, &placement), &placement, available_memory())?;
 
     let info = ModelInfo {
         architecture: config.architecture.clone(),
@@ -172,8 +179,37 @@ pub(crate) fn check_memory(
     placement: &Placement,
     available: Option<u64>,
 ) -> Result<()> {
+    check_bytes(source, placement.num_bytes(num_parameters), placement, available)
+}
+
+/// Bytes that the tensors of `spec` take at most.
+fn needed_bytes(spec: &ModelSpec, source: &dyn TensorSource, placement: &Placement) -> usize {
+    let bytes = |spec: &&TensorSpec| {
+        // The spec has been checked: the product fits.
+        let elements = spec.shape.iter().product();
+        match placement.quantization {
+            None if !placement.keep_blocks || source.block_format(&spec.name).is_none() => {
+                elements_bytes(elements, placement.dtype)
+            }
+            _ => placement.num_bytes(elements),
+        }
+    };
+    spec.tensors().iter().map(bytes).fold(0, usize::saturating_add)
+}
+
+fn elements_bytes(elements: usize, dtype: DType) -> usize {
+    elements.saturating_mul(dtype.size_in_bytes())
+}
+
+/// As [`check_memory`] for a known number of bytes.
+fn check_bytes(
+    source: &dyn TensorSource,
+    needed: usize,
+    placement: &Placement,
+    available: Option<u64>,
+) -> Result<()> {
     let Some(available) = available_on(&placement.device, available) else { return Ok(()) };
-    let needed = placement.num_bytes(num_parameters) as u64;
+    let needed = needed as u64;
     if needed <= available {
         return Ok(());
     }

@@ -100,13 +100,17 @@ impl<'a> Loader<'a> {
 
     /// Matrices stacked along their rows.
     pub(crate) fn stack(&mut self, parts: &[Tensor]) -> Result<Weight> {
+        self.stack_from(parts, None)
+    }
+
+    /// As [`Loader::stack`] for matrices that the checkpoint holds in the format `from`.
+    fn stack_from(&mut self, parts: &[Tensor], from: Option<&str>) -> Result<Weight> {
         let (weight, format) = match self.quantization {
-            Some(quantization) => {
-                (Weight::quantized(parts, quantization, self.device)?, quantization.name().to_owned())
-            }
-            None => (Weight::stack(parts, self.dtype, self.device)?, self.dtype.as_str().to_owned()),
+            Some(quantization) => (Weight::quantized(parts, quantization, self.device)?, quantization.name()),
+            None => (Weight::stack(parts, self.dtype, self.device)?, self.dtype.as_str()),
         };
-        Ok(self.counted(weight, format))
+        let from = from.map_or(String::new(), |from| format!(" (from {from})"));
+        Ok(self.counted(weight, format!("{format}{from}")))
     }
 
     fn counted(&mut self, weight: Weight, format: String) -> Weight {
@@ -117,6 +121,7 @@ impl<'a> Loader<'a> {
 
     /// The named matrices, stacked along their rows.
     fn named(&mut self, specs: &[TensorSpec]) -> Result<Weight> {
+        let from = specs.first().and_then(|spec| self.source.stored_as(&spec.name)).map(str::to_owned);
         let formats = specs.iter().map(|spec| self.source.block_format(&spec.name));
         let formats = formats.collect::<Option<Vec<_>>>().filter(|_| self.keep_blocks);
         match formats.as_deref() {
@@ -128,7 +133,7 @@ impl<'a> Loader<'a> {
                     parts.push(blocks);
                 }
                 let weight = Weight::from_blocks(&parts, self.device)?;
-                Ok(self.counted(weight, block_type.name().to_owned()))
+                Ok(self.counted(weight, from.unwrap_or_else(|| block_type.name().to_owned())))
             }
             Some(formats) => {
                 let parts = specs.iter().map(|spec| self.tensor(spec)).collect::<Result<Vec<_>>>()?;
@@ -139,7 +144,7 @@ impl<'a> Loader<'a> {
             }
             None => {
                 let parts = specs.iter().map(|spec| self.part(spec)).collect::<Result<Vec<_>>>()?;
-                self.stack(&parts)
+                self.stack_from(&parts, from.as_deref())
             }
         }
     }

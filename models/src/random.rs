@@ -50,7 +50,7 @@ pub fn made_up_causal_lm(
         serde_json::from_str(config).map_err(|error| invalid(path, error.to_string()))?;
     let tensors = tensors.into_iter().map(|tensor| (tensor.name, (tensor.shape, tensor.fill))).collect();
     let source = MadeUpSource { tensors, seed, made: Mutex::default() };
-    load_parts((path, &config), (path, &Map::new()), || Ok(source), options)
+    load_parts((path, &config), (path, &Map::new()), || Ok(Box::new(source)), options)
 }
 
 /// Shape and content.

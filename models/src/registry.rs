@@ -52,10 +52,6 @@ pub(crate) fn decoder_config_of(json: &ConfigJson<'_>, name: &str) -> Result<Dec
     let Some((name, configure)) = FAMILIES.iter().find(|(known, _)| *known == name) else {
         return Err(Error::UnknownArchitecture { name: name.to_owned(), known: known() });
     };
-    if let Some(quantization) = json.object("quantization_config")? {
-        let method = quantization.string("quant_method")?.unwrap_or("unnamed");
-        return Err(json.invalid(format!("weights quantised by {method:?} are not supported")));
-    }
     let mut config = configure(json)?;
     config.architecture = (*name).to_owned();
     config.validate(json)?;

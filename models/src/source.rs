@@ -61,6 +61,13 @@ pub trait TensorSource {
         None
     }
 
+    /// What people call the format of a tensor that was quantised before it was saved, other than as blocks of a GGUF
+    /// file: `GPTQ int4 g128`, `FP8`.
+    fn stored_as(&self, name: &str) -> Option<&str> {
+        let _ = name;
+        None
+    }
+
     /// Reads the blocks of a tensor whose format is [`BlockFormat::Kernel`].
     ///
     /// # Errors

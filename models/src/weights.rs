@@ -138,6 +138,30 @@ impl FolderSource {
         Ok(entries)
     }
 
+    /// Type of a tensor as the file spells it.
+    pub(crate) fn stored_type(&self, name: &str) -> Option<&str> {
+        self.tensors.get(name).map(|located| located.entry.dtype.as_str())
+    }
+
+    /// The bytes of a tensor whose elements are bytes.
+    pub(crate) fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
+        self.read_plain(name, &["U8", "I8", "F8_E4M3"])
+    }
+
+    /// The words of a tensor of 32-bit whole numbers.
+    pub(crate) fn read_words(&self, name: &str) -> Result<Vec<u32>> {
+        self.read_plain(name, &["I32", "U32"])
+    }
+
+    fn read_plain<T: bytemuck::Pod>(&self, name: &str, types: &[&str]) -> Result<Vec<T>> {
+        let (shard, entry) = self.located(name)?;
+        if !types.contains(&entry.dtype.as_str()) {
+            let message = format!("tensor {name:?} is stored as {}, not as {}", entry.dtype, types[0]);
+            return Err(invalid(&shard.path, message));
+        }
+        read::<T>(shard, entry, entry.shape.iter().product())
+    }
+
     fn located(&self, name: &str) -> Result<(&Shard, &Entry)> {
         let located = self.tensors.get(name);
         let located = located.ok_or_else(|| invalid(&self.path, format!("has no tensor {name:?}")))?;

@@ -92,7 +92,7 @@ pub struct ModelArgs {
     #[arg(long, env = "INGLE_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
     /// Round the weights to fewer bits while they are loaded, for less memory and more speed (CPU only). A quantised GGUF
-    /// file needs no flag: Q8_0, Q4_0 and Q4_1 are computed as they are stored.
+    /// file needs no flag (Q8_0, Q4_0 and Q4_1 are computed as they are stored), nor does a GPTQ, AWQ or FP8 checkpoint.
     #[arg(long, env = "INGLE_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
     /// Type of cached keys and values; auto: that of the weights (bf16 for quantised ones).

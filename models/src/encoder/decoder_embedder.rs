@@ -57,11 +57,23 @@ impl TensorSource for BodySource<'_> {
 
 /// The config of the decoder as an embedder: its head is not wanted.
 pub(crate) fn configure(json: &ConfigJson<'_>, architecture: &str) -> Result<DecoderConfig> {
+    refuse_quantised(json)?;
     // That its tokens see both sides is read here; to a decoder's config it would be an error.
     let body = json.without("use_bidirectional_attention");
     let mut config = crate::registry::decoder_config_of(&json.with_object(&body), architecture)?;
     config.tie_word_embeddings = true;
     Ok(config)
+}
+
+/// Quantised checkpoints are for generating models only.
+pub(super) fn refuse_quantised(json: &ConfigJson<'_>) -> Result<()> {
+    match json.object("quantization_config")? {
+        None => Ok(()),
+        Some(config) => {
+            let method = config.string("quant_method")?.unwrap_or("an unnamed method");
+            Err(json.invalid(format!("encoder weights quantised by {method:?} are not supported")))
+        }
+    }
 }
 
 impl DecoderEmbedder {

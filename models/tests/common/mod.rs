@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 
+pub mod folder;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
