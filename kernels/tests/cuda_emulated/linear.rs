@@ -423,7 +423,8 @@ fn rounded_activations_are_multiplied_exactly() {
                     &wanted,
                     &format!("{tokens} rounded tokens by [{rows}, {cols}]"),
                 );
-                if can_gate(rows) {
+                // Products of two results are beyond f16.
+                if can_gate(rows) && activations == Format::Bf16 {
                     let gated = product(activations, &m, &x, Extra { activation: Some(3), ..extra }, 1);
                     let gates: Vec<f32> = (0..tokens * rows / 2)
                         .map(|i| {
