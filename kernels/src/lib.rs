@@ -4,6 +4,7 @@
 //!
 //! 1. [`mod@reference`]: the plain formula in candle ops. It runs on every candle device and is the oracle of the tests.
 //! 2. `cpu`: our own kernels, chosen at run time by what the processor can do.
+//! 3. `cuda`, with the feature of that name: our own kernels for NVIDIA GPUs.
 //!
 //! Arguments are checked here, once for all implementations.
 //!
@@ -12,15 +13,27 @@
 
 pub mod check;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod deterministic;
 mod error;
+mod fp8;
 pub mod gpu;
 mod kv_layer;
 pub mod ops;
 pub mod reference;
+#[doc(hidden)]
+pub mod tiles;
 mod weight;
 
 pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
+#[cfg(feature = "cuda")]
+pub use cuda::graph::{StepGraph, StepLimits};
+pub use deterministic::{is_deterministic, set_deterministic};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
-pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SelfAttnParams};
-pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};
+pub use ops::{
+    Activation, AttnParams, Epilogue, PagedMeta, RelativeBias, RopeTables, RotateParams, SampleRow,
+    SelfAttnParams,
+};
+pub use weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};

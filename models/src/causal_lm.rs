@@ -11,7 +11,8 @@ use crate::{Batch, KvCache, Result};
 /// A decoder that predicts the next token.
 pub trait CausalLm: Send {
     /// Runs one step: stores the keys and values of all tokens of `batch` into `cache` and returns the logits of
-    /// `batch.logit_rows`, `[num_logit_rows, vocab_size]` f32 on the CPU device or the model's own.
+    /// `batch.logit_rows`, `[num_logit_rows, vocab_size]` f32 on the CPU device or the model's own. On a GPU the next call may
+    /// write to the same memory: whoever wants them longer copies them.
     ///
     /// # Errors
     /// If the batch contradicts itself or a kernel fails; the cache slots of this batch are then undefined.
@@ -47,6 +48,8 @@ pub struct LoadOptions {
     /// Longest sequence the model will be run with; `None`: what its config says. Longrope models (Phi-3) rotate
     /// positions for short or for long contexts by it.
     pub max_model_len: Option<usize>,
+    /// Whether decode steps on a GPU are recorded once as CUDA graphs and replayed.
+    pub step_graphs: bool,
     /// Told of each tensor as it is loaded.
     pub progress: Option<Progress>,
 }
@@ -60,6 +63,7 @@ impl Default for LoadOptions {
             kv_cache_dtype: None,
             device: Device::Cpu,
             max_model_len: None,
+            step_graphs: true,
             progress: None,
         }
     }

@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 /// Keys and values of all layers, `num_blocks` blocks of `block_size` token slots each.
 #[derive(Debug)]
 pub struct KvCache {
+    #[cfg(feature = "cuda")]
+    id: u64,
     layers: Vec<KvLayer>,
     num_blocks: usize,
     block_size: usize,
@@ -33,7 +35,19 @@ impl KvCache {
         let layers = (0..num_layers)
             .map(|_| KvLayer::new(num_slots, num_kv_heads, head_dim, dtype, device))
             .collect::<Result<_, _>>()?;
-        Ok(Self { layers, num_blocks, block_size })
+        Ok(Self {
+            #[cfg(feature = "cuda")]
+            id: next_id(),
+            layers,
+            num_blocks,
+            block_size,
+        })
+    }
+
+    /// Tells this cache from all others of the process.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// The cache of layer `idx`.
@@ -63,4 +77,11 @@ impl KvCache {
     pub fn block_size(&self) -> usize {
         self.block_size
     }
+}
+
+#[cfg(feature = "cuda")]
+fn next_id() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static CACHES: AtomicU64 = AtomicU64::new(1);
+    CACHES.fetch_add(1, Ordering::Relaxed)
 }

@@ -146,8 +146,10 @@ pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
             KvTypeName::Bf16 => Some(KvDtype::Bf16),
             KvTypeName::F16 => Some(KvDtype::F16),
             KvTypeName::Int8 => Some(KvDtype::Int8),
+            KvTypeName::Fp8 => Some(KvDtype::Fp8),
         },
         device: device(args.device)?,
+        step_graphs: true,
         max_model_len: args.max_model_len,
         progress: None,
     })
@@ -275,6 +277,7 @@ pub(super) fn quantization(name: QuantizationName) -> Option<Quantization> {
         QuantizationName::None => None,
         QuantizationName::Int8 => Some(Quantization::Int8),
         QuantizationName::Int4 => Some(Quantization::Int4),
+        QuantizationName::Fp8 => Some(Quantization::Fp8),
     }
 }
 
@@ -352,10 +355,7 @@ fn report(
 }
 
 fn quantization_name(quantization: Quantization) -> &'static str {
-    match quantization {
-        Quantization::Int8 => "int8",
-        Quantization::Int4 => "int4",
-    }
+    quantization.name()
 }
 
 /// What a client may see of `name`: the id, or the last part of a path.
