@@ -26,7 +26,9 @@ pub mod reference;
 pub mod tiles;
 mod weight;
 
-pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
+pub use cpu::{
+    Isa, isa, keep_freed_memory, num_threads, pin_threads, probe, set_checkpoint, set_num_threads,
+};
 #[cfg(feature = "cuda")]
 pub use cuda::graph::{StepGraph, StepLimits};
 pub use deterministic::{is_deterministic, set_deterministic};

@@ -41,8 +41,8 @@ pub use ingle_kernels::check::{Checked, check_ops};
 pub use ingle_kernels::gpu;
 pub use ingle_kernels::{
     BlockType, Isa, KvDtype, PagedMeta, Quantization, QuantizedBlocks, SampleRow, is_deterministic, isa,
-    keep_freed_memory, num_threads, ops::sample, ops::sample_row, probe, set_checkpoint, set_deterministic,
-    set_num_threads,
+    keep_freed_memory, num_threads, ops::sample, ops::sample_row, pin_threads, probe, set_checkpoint,
+    set_deterministic, set_num_threads,
 };
 pub use kv_cache::KvCache;
 pub use load::load_causal_lm;

@@ -110,6 +110,10 @@ pub struct ModelArgs {
     /// Threads that compute; 0: all processors this process may use.
     #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
     pub threads: usize,
+    /// Keep each thread that computes to a processor of its own (Linux). Helps where nothing else runs on these processors,
+    /// hurts where something does.
+    #[arg(long, env = "INGLE_PIN_THREADS", num_args = 0..=1, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub pin_threads: bool,
     /// Prompt plus answer of one request at most, in tokens [default: what the model and the cache allow].
     #[arg(long, env = "INGLE_MAX_MODEL_LEN")]
     pub max_model_len: Option<usize>,

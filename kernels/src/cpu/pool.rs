@@ -21,12 +21,20 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(60);
 
 static WANTED_THREADS: AtomicUsize = AtomicUsize::new(0);
+static PINNED: AtomicBool = AtomicBool::new(false);
 static POOL: OnceLock<Pool> = OnceLock::new();
 
 /// Sets how many threads compute, the calling one included; 0: as many as this process may use. Only the call before
 /// the first computation counts.
 pub fn set_num_threads(num_threads: usize) {
     WANTED_THREADS.store(num_threads, Ordering::Relaxed);
+}
+
+/// Whether each thread of the pool keeps to one processor of those this process may use (Linux; elsewhere nothing happens).
+/// Threads that start a computation stay free, so the first processor is left to them. Only the call before the first
+/// computation counts.
+pub fn pin_threads(pinned: bool) {
+    PINNED.store(pinned, Ordering::Relaxed);
 }
 
 /// How many threads compute.
@@ -126,7 +134,14 @@ impl Pool {
             .filter_map(|idx| {
                 let asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
                 let builder = std::thread::Builder::new().name(format!("ingle-compute-{idx}"));
-                let handle = builder.spawn(move || work(shared, asleep)).ok()?;
+                let pinned = PINNED.load(Ordering::Relaxed);
+                let start = move || {
+                    if pinned {
+                        keep_to_processor(idx);
+                    }
+                    work(shared, asleep);
+                };
+                let handle = builder.spawn(start).ok()?;
                 Some(Worker { thread: handle.thread().clone(), asleep })
             })
             .collect();
@@ -198,6 +213,31 @@ impl Shared {
             .map(|gate| gate >> 32)
     }
 }
+
+/// Keeps the calling thread to processor `idx` of those it may use now, counted round. Where that cannot be had it
+/// stays free: it is a matter of speed alone.
+#[cfg(target_os = "linux")]
+fn keep_to_processor(idx: usize) {
+    let size = size_of::<libc::cpu_set_t>();
+    // SAFETY: a set of zero bytes is an empty set; the calls read and write `size` bytes of it and concern this thread
+    // alone (0); numbers stay below CPU_SETSIZE, the capacity of a set.
+    unsafe {
+        let mut allowed: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size, &raw mut allowed) != 0 {
+            return;
+        }
+        let processors: Vec<usize> =
+            (0..libc::CPU_SETSIZE as usize).filter(|cpu| libc::CPU_ISSET(*cpu, &allowed)).collect();
+        if let Some(processor) = processors.get(idx % processors.len().max(1)) {
+            let mut own: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(*processor, &mut own);
+            libc::sched_setaffinity(0, size, &raw const own);
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn keep_to_processor(_: usize) {}
 
 fn work(shared: &'static Shared, asleep: &'static AtomicBool) {
     let mut seen = 0;
@@ -292,6 +332,23 @@ mod tests {
         set_checkpoint(None);
         run(2, |_| {});
         assert_eq!(seen.get(), 3);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_pinned_thread_keeps_to_one_processor() {
+        for idx in [0, 1, 1000] {
+            let counted = std::thread::spawn(move || {
+                keep_to_processor(idx);
+                // SAFETY: as in `keep_to_processor`.
+                unsafe {
+                    let mut own: libc::cpu_set_t = std::mem::zeroed();
+                    libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut own);
+                    libc::CPU_COUNT(&own)
+                }
+            });
+            assert_eq!(counted.join().expect("no panic"), 1);
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use ingle_models::{Checked, check::check_models, check_ops, gpu, set_determi
 /// How the model under the engine is found, loaded and computed; users of the engine need no other crate.
 pub use ingle_models::{
     ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, GgufText, Isa, KvDtype, LoadProgress,
-    Progress, Quantization, convert, gguf_text_files, isa, num_threads, probe, set_num_threads,
+    Progress, Quantization, convert, gguf_text_files, isa, num_threads, pin_threads, probe, set_num_threads,
 };
 
 pub use backend::{Backend, BackendError, SampleResult, SeqOutput, StepOutput};

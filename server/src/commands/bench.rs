@@ -46,6 +46,7 @@ fn serve(args: &ServeBenchArgs) -> anyhow::Result<()> {
 
 fn model(args: &BenchModelArgs) -> anyhow::Result<()> {
     ingle_engine::set_num_threads(args.load.threads);
+    ingle_engine::pin_threads(args.load.pin_threads);
     let options = load_options(&args.load)?;
     let (made, path);
     let (name, subject) = match (&args.bench.random_weights, &args.bench.model) {

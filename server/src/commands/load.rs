@@ -67,6 +67,7 @@ pub(super) fn load(
     });
 
     ingle_engine::set_num_threads(args.threads);
+    ingle_engine::pin_threads(args.pin_threads);
     let bar = progress_bar("Loading weights", "tensors");
     let shown = bar.clone();
     let options = LoadOptions {

@@ -188,6 +188,7 @@ fn load_all(args: &ServeArgs) -> anyhow::Result<(Models, Vec<String>)> {
     let mut models = Models { arbiter: arbiter.clone(), ..Models::default() };
     let mut report = Vec::new();
     ingle_engine::set_num_threads(args.load.threads);
+    ingle_engine::pin_threads(args.load.pin_threads);
     // Encoders first: what they leave of a GPU's memory is for the other's cache.
     let how = How {
         find: Find::of(&args.load),
