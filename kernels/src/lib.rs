@@ -13,6 +13,8 @@
 mod cpu;
 mod error;
 mod kv_layer;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 pub mod ops;
 pub mod reference;
 mod weight;

@@ -13,6 +13,7 @@ use crate::linear::Linear;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
+use crate::parallel::{Communicator, Rank};
 use crate::rope::Rope;
 use crate::{Batch, KvCache};
 
@@ -31,6 +32,8 @@ pub(crate) struct Decoder {
     kv_dtype: KvDtype,
     device: Device,
     info: ModelInfo,
+    /// `None`: the model is on one device. Otherwise `config` is that of the rank.
+    rank: Option<Rank>,
 }
 
 struct Layer {
@@ -94,6 +97,7 @@ impl Decoder {
         loader: &mut Loader<'_>,
         placement: &Placement,
         mut info: ModelInfo,
+        rank: Option<Rank>,
     ) -> Result<Self> {
         let embedding = loader.matrix(&spec.embedding)?;
         let layers = spec.layers.iter().enumerate();
@@ -123,7 +127,21 @@ impl Decoder {
             kv_dtype: placement.kv_dtype,
             device: placement.device.clone(),
             info,
+            rank,
         })
+    }
+
+    /// The exchange with other ranks, if there are any.
+    pub(crate) fn communicator(&self) -> Option<&dyn Communicator> {
+        self.rank.as_ref().map(|rank| &*rank.communicator)
+    }
+
+    /// The sum over all ranks of what each has computed with its share of a layer.
+    fn reduced(&self, x: Tensor) -> Result<Tensor> {
+        match &self.rank {
+            Some(rank) => rank.communicator.all_reduce_sum(&x),
+            None => Ok(x),
+        }
     }
 
     fn logits(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
@@ -138,6 +156,9 @@ impl Decoder {
         };
         let hidden = ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?;
         let mut logits = ops::linear(&hidden, &self.head, None)?.to_dtype(DType::F32)?; // [R, vocab]
+        if let Some(rank) = &self.rank {
+            logits = rank.logits(&logits)?;
+        }
         if self.config.logits_divisor != 1.0 {
             logits = (logits / self.config.logits_divisor)?;
         }
@@ -172,11 +193,16 @@ impl Decoder {
         let tables = self.ropes.iter().map(|rope| rope.tables(positions, &self.device));
         let tables = tables.collect::<Result<Vec<_>>>()?;
 
-        let mut hidden = ops::embedding(input_ids, &self.embedding, self.dtype)?; // [T, hidden]
+        let hidden = match &self.rank {
+            Some(rank) => rank.embedding(input_ids, &self.embedding, self.dtype),
+            None => Ok(ops::embedding(input_ids, &self.embedding, self.dtype)?),
+        }; // [T, hidden]
+        let mut hidden = hidden?;
         hidden = scaled(hidden, self.embedding_scale)?;
         for (idx, layer) in self.layers.iter().enumerate() {
             let x = normed(&hidden, layer.attn_pre_norm.as_ref(), &self.config)?;
-            let x = layer.attention.forward(&x, keys(idx), &tables, &self.config)?;
+            let x = layer.attention.forward(&x, keys(idx), &tables, &self.config, self.rank.as_ref())?;
+            let x = self.reduced(x)?;
             let x = normed(&x, layer.attn_post_norm.as_ref(), &self.config)?;
             hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
 
@@ -185,6 +211,7 @@ impl Decoder {
                 LayerMlp::Dense(mlp) => mlp.forward(&x)?,
                 LayerMlp::Moe(moe) => moe.forward(&x)?,
             };
+            let x = self.reduced(x)?;
             let x = normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?;
             hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
         }
@@ -235,6 +262,7 @@ impl Attention {
         keys: Keys<'_>,
         tables: &[RopeTables],
         config: &DecoderConfig,
+        rank: Option<&Rank>,
     ) -> Result<Tensor> {
         let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
         let (tokens, _) = x.dims2()?;
@@ -246,8 +274,8 @@ impl Attention {
         let v = qkv.narrow(1, heads + kv_heads, kv_heads)?; // [T, KVH, D]
 
         if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
-            q = norm_heads(&q, q_norm, config)?;
-            k = norm_heads(&k, k_norm, config)?;
+            q = norm_heads(&q, q_norm, config, rank.map(|rank| (rank, 1)))?;
+            k = norm_heads(&k, k_norm, config, rank.map(|rank| (rank, rank.kv_replicas)))?;
         }
         if let Some(rope) = self.rope {
             q = ops::rope(&q, &tables[rope])?;
@@ -279,9 +307,18 @@ impl Attention {
     }
 }
 
-/// Norm of queries or keys `[T, heads, head_dim]`.
-fn norm_heads(x: &Tensor, weight: &Tensor, config: &DecoderConfig) -> Result<Tensor> {
+/// Norm of queries or keys `[T, heads, head_dim]`; so many ranks in a row hold the same heads.
+fn norm_heads(
+    x: &Tensor,
+    weight: &Tensor,
+    config: &DecoderConfig,
+    rank: Option<(&Rank, usize)>,
+) -> Result<Tensor> {
     let shape = x.dims3()?;
+    if let (QkNorm::FullWidth, Some((rank, replicas))) = (config.qk_norm, rank) {
+        let x = x.reshape((shape.0, shape.1 * shape.2))?;
+        return Ok(rank.full_width_norm(&x, weight, config.rms_norm_eps, replicas)?.reshape(shape)?);
+    }
     let rows = match config.qk_norm {
         QkNorm::FullWidth => x.reshape((shape.0, shape.1 * shape.2))?,
         QkNorm::PerHead | QkNorm::None => x.reshape((shape.0 * shape.1, shape.2))?,

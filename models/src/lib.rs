@@ -21,6 +21,7 @@ mod load;
 mod loader;
 mod mlp;
 mod moe;
+mod parallel;
 mod prequant;
 mod registry;
 mod rope;

@@ -97,6 +97,10 @@ pub struct ModelArgs {
     /// Where to compute.
     #[arg(long, env = "INGLE_DEVICE", default_value = "auto")]
     pub device: DeviceName,
+    /// GPUs of this machine that the model is divided over. On the CPU as many threads hold a share each, which is slower
+    /// than one and there to try it.
+    #[arg(long, env = "INGLE_TENSOR_PARALLEL_SIZE", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub tensor_parallel_size: u32,
     /// Threads that compute; 0: all processors this process may use.
     #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
     pub threads: usize,

@@ -98,7 +98,7 @@ pub(super) fn load(
             runner.max_model_len()
         );
     }
-    let report = report(&path, &info, &runner, &device, &text);
+    let report = report(&path, &info, &runner, (&device, args.tensor_parallel_size), &text);
     let config = runner.engine_config(EngineConfig {
         max_num_batched_tokens: args.max_num_batched_tokens,
         max_num_queued_reqs: sizes.max_num_queued_reqs,
@@ -149,6 +149,7 @@ pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
         },
         device: device(args.device)?,
         max_model_len: args.max_model_len,
+        tensor_parallel_size: args.tensor_parallel_size as usize,
         progress: None,
     })
 }
@@ -308,7 +309,7 @@ fn report(
     path: &Path,
     info: &ModelInfo,
     runner: &ModelRunner,
-    device: &Device,
+    (device, ranks): (&Device, u32),
     text: &TextModel,
 ) -> Vec<String> {
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
@@ -319,6 +320,7 @@ fn report(
         Device::Cuda(_) => "cuda".to_owned(),
         Device::Metal(_) => "metal".to_owned(),
     };
+    let place = if ranks > 1 { format!("{place}, {ranks} ranks") } else { place };
     vec![
         format!("model      {} from {}", info.architecture, path.display()),
         format!(

@@ -1,0 +1,24 @@
+//! One model over several devices: tensor parallelism.
+//!
+//! 1. [`shard`] says which rows or columns of each tensor a rank holds. Heads and the MLP's width are divided; so are the
+//!    rows of embedding and head. Norms, routers and the rotation are on every rank.
+//! 2. [`group`] runs one thread a rank. Each loads its own share, and all are given the same steps.
+//! 3. In a step the ranks meet three times: the outputs of attention and of the MLP are sums over the ranks
+//!    ([`Communicator::all_reduce_sum`], two a layer), the embedding is a sum of which all terms but one are zero, and
+//!    the logits are laid side by side ([`Communicator::all_gather`]).
+//!
+//! Sums are over the ranks in their order and the same on every rank, so a token's result depends neither on its batch
+//! mates nor on the rank that is asked; it differs from that of one device by the rounding of those sums.
+
+mod communicator;
+mod group;
+#[cfg(feature = "nccl")]
+mod nccl;
+mod shard;
+#[cfg(test)]
+mod tests;
+mod threads;
+
+pub(crate) use communicator::{Communicator, Rank};
+pub(crate) use group::load;
+pub(crate) use shard::{Place, ShardedSource, Shards};
