@@ -75,4 +75,5 @@ def main():
     path.write_text("[\n" + ",\n".join(json.dumps(p, separators=(",", ":")) for p in prompts) + "\n]\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -213,11 +213,14 @@ fn attention_equals_the_formula() {
         &[(0, 70)],
         &[(63, 1), (64, 1), (65, 1)],
         &[(100, 40), (0, 3), (7, 1), (0, 0), (130, 2)],
+        // Long enough for several softmaxes, alone and beside another.
+        &[(700, 1)],
+        &[(250, 20), (511, 2)],
     ];
     for (heads, kv_heads, dim) in [(1, 1, 16), (9, 3, 64), (4, 4, 24), (4, 1, 128), (14, 2, 80), (2, 1, 5)] {
         for block_size in [16, 32, 1, 3, 24] {
             for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16, KvDtype::Int8] {
-                for window in [None, Some(1), Some(20), Some(70)] {
+                for window in [None, Some(1), Some(20), Some(70), Some(300)] {
                     let params =
                         AttnParams { sliding_window: window, softcap: window.map(|_| 3.0), ..PARAMS };
                     let lens = lens[rng.random_range(0..lens.len())];
@@ -271,9 +274,10 @@ fn attention_does_not_depend_on_batch_or_chunks() {
         (KvDtype::Int8, 3),
     ];
     for (dtype, block_size) in caches {
-        for window in [None, Some(37)] {
+        for window in [None, Some(37), Some(300)] {
             let shape = Shape { heads: 6, kv_heads: 2, dim: 48, block_size, dtype };
-            let step = step(&mut rng, &shape, &[(0, 150), (90, 1), (61, 9), (200, 3)]);
+            // Alone, the long ones are split over their keys; together they are not.
+            let step = step(&mut rng, &shape, &[(0, 150), (90, 1), (61, 9), (200, 3), (0, 300), (640, 2)]);
             let params = AttnParams { sliding_window: window, ..PARAMS };
             let together = ops::paged_attention(&step.q, &step.fast, &step.meta, &params).unwrap();
             assert_eq!(

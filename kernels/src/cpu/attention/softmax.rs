@@ -1,0 +1,130 @@
+//! The online softmax.
+
+use super::{CHUNK, TILES};
+use crate::cpu::simd::{LANES, Simd};
+use crate::ops::AttnParams;
+
+/// A softmax on its way: of some keys, for each row of a piece.
+pub(super) struct Softmax {
+    /// `[rows]`: the largest score.
+    pub(super) row_max: Vec<f32>,
+    /// `[rows]`: the sum of the weights; 0 if the row sees none of the keys.
+    pub(super) row_sum: Vec<f32>,
+    /// `[rows][padded]`: the sum of the weighted values.
+    pub(super) sums: Vec<f32>,
+}
+
+impl Softmax {
+    pub(super) fn new(num_rows: usize, padded: usize) -> Self {
+        Self {
+            row_max: vec![f32::NEG_INFINITY; num_rows],
+            row_sum: vec![0.0; num_rows],
+            sums: vec![0.0; num_rows * padded],
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.row_max.fill(f32::NEG_INFINITY);
+        self.row_sum.fill(0.0);
+        self.sums.fill(0.0);
+    }
+}
+
+/// Adds the keys of `part`, which come after those of `total`.
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+pub(super) unsafe fn join<S: Simd>(total: &mut Softmax, part: &Softmax) {
+    let num_rows = total.row_max.len();
+    let padded = total.sums.len() / num_rows.max(1);
+    for row in 0..num_rows {
+        let (part_sums, sums) =
+            (&part.sums[row * padded..][..padded], &mut total.sums[row * padded..][..padded]);
+        // NaN is not zero: it is joined, and so seen.
+        if part.row_sum[row] == 0.0 {
+            continue;
+        }
+        if total.row_sum[row] == 0.0 {
+            (total.row_max[row], total.row_sum[row]) = (part.row_max[row], part.row_sum[row]);
+            sums.copy_from_slice(part_sums);
+            continue;
+        }
+        let max = total.row_max[row].max(part.row_max[row]);
+        // SAFETY: both are whole vectors; the instruction set is given.
+        unsafe {
+            let factor = |from: f32| S::exp(S::splat(from - max));
+            let (old, new) = (factor(total.row_max[row]), factor(part.row_max[row]));
+            let sum = S::fma(old, S::splat(total.row_sum[row]), S::mul(new, S::splat(part.row_sum[row])));
+            total.row_sum[row] = S::to_array(sum)[0];
+            for i in (0..padded).step_by(LANES) {
+                let p = sums.as_mut_ptr().add(i);
+                let added = S::mul(new, S::load(part_sums.as_ptr().add(i)));
+                S::store(p, S::fma(old, S::load(p), added));
+            }
+        }
+        total.row_max[row] = max;
+    }
+}
+
+/// `scores[key] *= scales[key]`
+#[inline(always)]
+pub(super) unsafe fn multiply<S: Simd>(scores: &mut [f32], scales: &[f32; CHUNK]) {
+    let scores = &mut scores[..CHUNK];
+    for i in (0..CHUNK).step_by(LANES) {
+        // SAFETY: both are CHUNK long; the instruction set is given.
+        unsafe {
+            let p = scores.as_mut_ptr().add(i);
+            S::store(p, S::mul(S::load(p), S::load(scales.as_ptr().add(i))));
+        }
+    }
+}
+
+/// Turns a row's scores of one chunk into unnormalised weights (0 outside of `seen`) and rescales what came before.
+#[inline(always)]
+pub(super) unsafe fn soften<S: Simd>(
+    scores: &mut [f32],
+    seen: std::ops::Range<usize>,
+    params: &AttnParams,
+    row_max: &mut f32,
+    row_sum: &mut f32,
+    sums: &mut [f32],
+) {
+    if seen.is_empty() {
+        scores.fill(0.0);
+        return;
+    }
+    scores[..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..].fill(f32::NEG_INFINITY);
+    for score in &mut scores[seen] {
+        *score *= params.scale;
+        if let Some(cap) = params.softcap {
+            *score = cap * (*score / cap).tanh();
+        }
+    }
+    // SAFETY: `scores` is CHUNK long, `sums` whole vectors; the instruction set is given.
+    unsafe {
+        let mut max = S::load(scores.as_ptr());
+        for t in 1..TILES {
+            max = S::max(max, S::load(scores.as_ptr().add(t * LANES)));
+        }
+        let max = S::max_lane(max).max(*row_max);
+        if *row_max != max && *row_sum > 0.0 {
+            let factor = S::to_array(S::exp(S::splat(*row_max - max)))[0];
+            *row_sum *= factor;
+            for i in (0..sums.len()).step_by(LANES) {
+                let p = sums.as_mut_ptr().add(i);
+                S::store(p, S::mul(S::load(p), S::splat(factor)));
+            }
+        }
+        *row_max = max;
+        let mut total = S::splat(0.0);
+        for t in 0..TILES {
+            let p = scores.as_mut_ptr().add(t * LANES);
+            let weight = S::exp(S::sub(S::load(p), S::splat(max)));
+            S::store(p, weight);
+            total = S::add(total, weight);
+        }
+        *row_sum += S::sum(total);
+    }
+}
