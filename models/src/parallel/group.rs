@@ -73,12 +73,20 @@ fn device(path: &Path, first: &Device, rank: usize) -> Result<Device> {
 
 fn connections(path: &Path, device: &Device, world_size: usize) -> Result<Vec<Connect>> {
     if device.is_cpu() {
-        let connect = |communicator| -> Connect { Box::new(|_| Ok(Box::new(communicator))) };
+        let connect =
+            |communicator: ThreadCommunicator| -> Connect { Box::new(|_| Ok(Box::new(communicator))) };
         return Ok(ThreadCommunicator::group(world_size).into_iter().map(connect).collect());
     }
-    #[cfg(feature = "nccl")]
-    return super::nccl::connections(world_size);
-    #[cfg(not(feature = "nccl"))]
+    gpu_connections(path, world_size)
+}
+
+#[cfg(feature = "nccl")]
+fn gpu_connections(_: &Path, world_size: usize) -> Result<Vec<Connect>> {
+    super::nccl::connections(world_size)
+}
+
+#[cfg(not(feature = "nccl"))]
+fn gpu_connections(path: &Path, _: usize) -> Result<Vec<Connect>> {
     Err(invalid(path, "this build cannot use several GPUs: it was built without the feature nccl"))
 }
 
