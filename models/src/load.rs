@@ -90,7 +90,6 @@ fn load_parts(
     let mut source = open()?;
     let spec = ModelSpec::new(&config, &*source);
     let num_parameters = spec.check(&*source)?;
-    let world_size = place.as_ref().map_or(1, |(place, _)| place.world_size);
     let mut rank = None;
     if let Some((place, communicator)) = place {
         let vocab_size = config.vocab_size;
@@ -102,8 +101,8 @@ fn load_parts(
     let source = &*source;
     let own_parameters = spec.tensors().iter().map(|spec| elements(spec, source)).sum();
     let placement = placement(&config, &json, &spec, source, options)?;
-    // All ranks share the memory of the CPU.
-    let needed = needed_bytes(&spec, source, &placement).saturating_mul(world_size);
+    // Each rank asks for its own share: others may have begun to take theirs.
+    let needed = needed_bytes(&spec, source, &placement);
     check_bytes(source, needed, &placement, available_memory())?;
 
     let info = ModelInfo {
