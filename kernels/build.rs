@@ -1,6 +1,7 @@
 //! Compiles `cuda/*.cu` for every generation of GPU that is served, one fat binary a file. Nothing without the feature `cuda`.
 //!
-//! nvcc is found as `NVCC`, `$CUDA_HOME/bin/nvcc`, `$CUDA_PATH/bin/nvcc`, or on the path; it needs no GPU and no driver.
+//! nvcc is found as `INGLE_NVCC`, which is for these files alone, as `NVCC`, `$CUDA_HOME/bin/nvcc`, `$CUDA_PATH/bin/nvcc`, or
+//! on the path; it needs no GPU and no driver.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ const ARCHITECTURES: [&str; 4] = ["80", "89", "90a", "120"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
+    for name in ["INGLE_NVCC", "NVCC", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -36,7 +37,7 @@ fn main() {
 }
 
 fn nvcc() -> PathBuf {
-    if let Some(nvcc) = env::var_os("NVCC") {
+    if let Some(nvcc) = env::var_os("INGLE_NVCC").or_else(|| env::var_os("NVCC")) {
         return nvcc.into();
     }
     let home = env::var_os("CUDA_HOME").or_else(|| env::var_os("CUDA_PATH"));

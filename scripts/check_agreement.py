@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How often a running server would choose the tokens that transformers chose, teacher-forced.
+"""How often running servers would choose the tokens that transformers chose, teacher-forced.
 
-    scripts/check_agreement.py URL MODEL_FOLDER [--questions N] [--at-least SHARE]
+    scripts/check_agreement.py MODEL_FOLDER URL [URL ...] [--questions N] [--at-least SHARE]
 
-URL is an Ingle server that serves the same MODEL_FOLDER (with any `--dtype` or `--quantization`). For each question
-transformers answers greedily in f32 and in bf16, at most 64 tokens; the server then scores question and answer in one
+Each URL is an Ingle server that serves the same MODEL_FOLDER (with any `--dtype` or `--quantization`). For each question
+transformers answers greedily in f32 and in bf16, at most 64 tokens; a server then scores question and answer in one
 pass (`echo` with `logprobs`), and each answer token counts as agreed if it is also the server's first choice at its place.
 Exits with 1 if a share is below SHARE (default 0.95). Needs `torch` and `transformers`.
 """
@@ -59,8 +59,8 @@ def score(url, ids):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
     parser.add_argument("folder")
+    parser.add_argument("urls", nargs="+", metavar="URL")
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--at-least", type=float, default=0.95)
     args = parser.parse_args()
@@ -68,7 +68,7 @@ def main():
     worst = 1.0
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype).eval()
-        agreed = total = 0
+        agreed, total = dict.fromkeys(args.urls, 0), 0
         for question in (QUESTIONS + MORE)[: args.questions]:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -76,13 +76,15 @@ def main():
             prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             with torch.inference_mode():
                 ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
-            first, given = score(args.url.rstrip("/"), ids[0].tolist())
             places = range(prompt.shape[1], ids.shape[1])
-            agreed += sum(first[place] == given[place] for place in places)
             total += len(places)
-        share = agreed / total
-        worst = min(worst, share)
-        print(f"transformers {str(dtype).removeprefix('torch.')}: {agreed} of {total} tokens agreed ({share:.2%})")
+            for url in args.urls:
+                first, given = score(url.rstrip("/"), ids[0].tolist())
+                agreed[url] += sum(first[place] == given[place] for place in places)
+        for url, count in agreed.items():
+            worst = min(worst, count / total)
+            name = str(dtype).removeprefix("torch.")
+            print(f"{url}, transformers {name}: {count} of {total} tokens agreed ({count / total:.2%})")
     if worst < args.at_least:
         sys.exit(f"below {args.at_least:.0%}")
 

@@ -10,8 +10,10 @@
 //! [`Weight`] is a matrix in the layout its kernel wants; [`KvLayer`] is one layer of the paged key/value cache.
 //! Nothing here knows a model, a sequence or a request.
 
+pub mod check;
 mod cpu;
 mod error;
+pub mod gpu;
 mod kv_layer;
 #[cfg(feature = "nccl")]
 pub mod nccl;

@@ -17,6 +17,11 @@ pub trait CausalLm: Send {
     /// If the batch contradicts itself or a kernel fails; the cache slots of this batch are then undefined.
     fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor>;
 
+    /// Where the model computes.
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
     /// Sizes and facts.
     fn info(&self) -> &ModelInfo;
 

@@ -239,6 +239,10 @@ impl CausalLm for Decoder {
         self.logits(&hidden, batch)
     }
 
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
     fn info(&self) -> &ModelInfo {
         &self.info
     }

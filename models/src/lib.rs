@@ -6,6 +6,7 @@
 
 mod batch;
 mod causal_lm;
+pub mod check;
 mod config;
 mod convert;
 mod decoder;
@@ -23,6 +24,7 @@ mod mlp;
 mod moe;
 mod parallel;
 mod prequant;
+mod random;
 mod registry;
 mod rope;
 mod safetensors;
@@ -34,10 +36,13 @@ pub use causal_lm::{CausalLm, LoadOptions, LoadProgress, ModelInfo, Progress};
 pub use convert::{ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, convert};
 pub use error::{Error, Result};
 pub use gguf::{GgufText, text_files as gguf_text_files};
+pub use ingle_kernels::check::{Checked, check_ops};
+pub use ingle_kernels::gpu;
 pub use ingle_kernels::{
     BlockType, Isa, KvDtype, PagedMeta, Quantization, QuantizedBlocks, isa, keep_freed_memory, num_threads,
     probe, set_checkpoint, set_num_threads,
 };
 pub use kv_cache::KvCache;
 pub use load::load_causal_lm;
+pub use random::{Fill, MadeUp, made_up_causal_lm};
 pub use source::{BlockFormat, TensorSource};

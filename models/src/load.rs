@@ -7,8 +7,8 @@
 
 use std::path::Path;
 
-use candle_core::DType;
-use ingle_kernels::{KvDtype, Quantization};
+use candle_core::{DType, Device};
+use ingle_kernels::{KvDtype, Quantization, gpu};
 use serde_json::{Map, Value};
 
 use crate::causal_lm::{CausalLm, LoadOptions, ModelInfo};
@@ -77,7 +77,7 @@ fn load_folder(folder: &Path, options: &LoadOptions, place: Option<RankPlace>) -
 
 /// Loads a model from its config.json and generation_config.json, each with the path that messages name, and the
 /// tensors that `open` gives once the config has been found good.
-fn load_parts(
+pub(crate) fn load_parts(
     config: (&Path, &Map<String, Value>),
     generation: (&Path, &Map<String, Value>),
     open: impl FnOnce() -> Result<Box<dyn TensorSource>>,
@@ -196,7 +196,7 @@ fn kv_bytes_per_token(config: &DecoderConfig, dtype: KvDtype) -> usize {
     2 * config.layers.len() * config.num_kv_heads * dtype.head_bytes(config.head_dim)
 }
 
-/// Refuses a model that the machine cannot hold. Only the CPU's memory is asked; a GPU says so itself when it is full.
+/// Refuses a model that the device cannot hold; `available`: bytes of the machine.
 pub(crate) fn check_memory(
     source: &dyn TensorSource,
     num_parameters: usize,
@@ -236,7 +236,7 @@ fn check_bytes(
     placement: &Placement,
     available: Option<u64>,
 ) -> Result<()> {
-    let Some(available) = available.filter(|_| placement.device.is_cpu()) else { return Ok(()) };
+    let Some(available) = available_on(&placement.device, available) else { return Ok(()) };
     let needed = needed as u64;
     if needed <= available {
         return Ok(());
@@ -246,6 +246,14 @@ fn check_bytes(
         source.path(),
         format!("needs {needed} bytes for its weights as {dtype}; {available} bytes of memory are available"),
     ))
+}
+
+/// Bytes that `device` has left, of a machine that has `machine`; `None` where nobody tells.
+fn available_on(device: &Device, machine: Option<u64>) -> Option<u64> {
+    match gpu::device_memory(device) {
+        Ok(Some(memory)) => Some(memory.free),
+        _ => machine.filter(|_| device.is_cpu()),
+    }
 }
 
 /// Memory that can be had without swapping, where the system tells it: the machine's, or the control group's limit.

@@ -80,6 +80,16 @@ impl<'a> Loader<'a> {
         Ok(tensor)
     }
 
+    /// One tensor on the device, if it goes there as it is, else in CPU memory.
+    fn part(&mut self, spec: &TensorSpec) -> Result<Tensor> {
+        if self.device.is_cpu() || self.quantization.is_some() {
+            return self.tensor(spec);
+        }
+        let tensor = self.source.load_on(&spec.name, self.device)?;
+        self.loaded(tensor.elem_count());
+        Ok(tensor)
+    }
+
     fn loaded(&mut self, elements: usize) {
         self.state.tensors_loaded += 1;
         self.state.parameters_loaded += elements;
@@ -133,7 +143,7 @@ impl<'a> Loader<'a> {
                 Ok(self.counted(weight, format!("int8 (from {})", names.join(" and "))))
             }
             None => {
-                let parts = specs.iter().map(|spec| self.tensor(spec)).collect::<Result<Vec<_>>>()?;
+                let parts = specs.iter().map(|spec| self.part(spec)).collect::<Result<Vec<_>>>()?;
                 self.stack_from(&parts, from.as_deref())
             }
         }
@@ -146,7 +156,13 @@ impl<'a> Loader<'a> {
 
     /// A table whose rows are only looked up: never quantised, and in rows as they are stored.
     pub(crate) fn table(&mut self, spec: &TensorSpec) -> Result<Weight> {
-        let matrix = self.tensor(spec)?;
+        let matrix = if self.device.is_cpu() {
+            self.tensor(spec)?
+        } else {
+            let tensor = self.source.load_on(&spec.name, self.device)?;
+            self.loaded(tensor.elem_count());
+            tensor
+        };
         let weight = Weight::portable(&[matrix], self.dtype, self.device)?;
         self.weight_bytes += weight.num_bytes();
         Ok(weight)

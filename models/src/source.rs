@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use ingle_kernels::{BlockType, QuantizedBlocks};
 
 use crate::Result;
@@ -91,5 +91,13 @@ pub trait TensorSource {
         let tensor = self.load(name)?;
         let parts = ranges.iter().map(|range| tensor.narrow(dim, range.start, range.len()));
         Ok(Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, dim)?)
+    }
+
+    /// As [`TensorSource::load`], onto `device`.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load`]; if the device is out of memory.
+    fn load_on(&self, name: &str, device: &Device) -> Result<Tensor> {
+        Ok(self.load(name)?.to_device(device)?)
     }
 }

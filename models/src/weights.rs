@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
+use ingle_kernels::gpu;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
@@ -238,6 +239,21 @@ impl FolderSource {
             _ => Tensor::from_vec(read::<f32>(shard, entry, &runs)?, shape, &Device::Cpu)?,
         })
     }
+
+    fn load_on(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let dtype = self.dtype(name)?.unwrap_or(DType::F32);
+        let (shard, entry) = self.located(name)?;
+        let start = shard.data_start + entry.begin;
+        let read = |offset: u64, part: &mut [u8]| shard.file.read_exact_at(part, start + offset);
+        let tensor = gpu::read_tensor(device, dtype, &entry.shape, &read);
+        tensor.map_err(|error| match error {
+            // The device's own errors keep their text: what they mean is read from it.
+            ingle_kernels::Error::Candle(candle_core::Error::Io(source)) => {
+                Error::Io { path: shard.path.clone(), source }
+            }
+            other => other.into(),
+        })
+    }
 }
 
 /// Reads runs of elements of `entry` (first and number), one after another; the file is little-endian, as are the
@@ -303,5 +319,42 @@ impl<'de> Deserialize<'de> for WeightMap {
             }
         }
         deserializer.deserialize_map(MapVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In pieces through two buffers, as it goes to a GPU, or at once: the same numbers.
+    #[test]
+    fn both_ways_of_reading_give_the_same() {
+        for name in ["llama_sharded", "llama_f16_head_dim"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+            let source = FolderSource::open(&folder).expect("the fixture");
+            assert!(source.names().len() > 10);
+            for tensor in source.names() {
+                let whole = source.load(tensor).expect("read");
+                let pieces = source.load_on(tensor, &Device::Cpu).expect("read");
+                assert_eq!((whole.dims(), whole.dtype()), (pieces.dims(), pieces.dtype()), "{tensor}");
+                let values = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+                assert_eq!(values(&whole).expect("numbers"), values(&pieces).expect("numbers"), "{tensor}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_became_shorter_is_an_error() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("model.safetensors");
+        std::fs::copy(fixture.join("model.safetensors"), &path).expect("copied");
+        let source = FolderSource::open(dir.path()).expect("whole");
+        let file = File::options().write(true).open(&path).expect("opened");
+        file.set_len(source.shards[0].data_start + 10).expect("cut");
+        for tensor in source.names() {
+            let error = source.load_on(tensor, &Device::Cpu).expect_err("too short").to_string();
+            assert!(error.contains("model.safetensors"), "{error}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! the file given with `--config` (or `INGLE_CONFIG`), at the top level or in a table named after the command. A flag
 //! wins over the environment, the environment over the file, the file over the default.
 
+mod device;
 mod tier;
 
 use std::ffi::OsString;
@@ -16,6 +17,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 pub mod bench;
 
 use bench::BenchArgs;
+pub use device::DeviceName;
 pub use tier::{RegisterArgs, TierArgs};
 
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
@@ -57,6 +59,8 @@ pub enum Command {
     Perplexity(Box<PerplexityArgs>),
     /// Tell what this machine offers and what of it is used.
     Doctor(DoctorArgs),
+    /// Check that what this machine computes is right: every operation against its plain formula, on random inputs.
+    Check(CheckArgs),
     /// Ask routers whether they can be reached and know a server.
     Register(RegisterArgs),
     /// Embed the texts of a file: an indexing tool that needs no server.
@@ -94,8 +98,9 @@ pub struct ModelArgs {
     /// Type of cached keys and values; auto: that of the weights (bf16 for quantised ones).
     #[arg(long, env = "INGLE_KV_CACHE_DTYPE", default_value = "auto")]
     pub kv_cache_dtype: KvTypeName,
-    /// Where to compute.
-    #[arg(long, env = "INGLE_DEVICE", default_value = "auto")]
+    /// Where to compute: `cpu`, the NVIDIA GPU `cuda` or `cuda:N`, `metal`; auto: the first GPU that can be used, else
+    /// the CPU (`ingle doctor` tells why not).
+    #[arg(long, env = "INGLE_DEVICE", default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceName,
     /// GPUs of this machine that the model is divided over. On the CPU as many threads hold a share each, which is slower
     /// than one and there to try it.
@@ -107,18 +112,23 @@ pub struct ModelArgs {
     /// Prompt plus answer of one request at most, in tokens [default: what the model and the cache allow].
     #[arg(long, env = "INGLE_MAX_MODEL_LEN")]
     pub max_model_len: Option<usize>,
-    /// Memory for cached keys and values, in MiB [default: a quarter of the free memory, 4096 at most].
+    /// Memory for cached keys and values, in MiB [default: a quarter of the free memory, 4096 at most; on an NVIDIA GPU
+    /// as --gpu-memory-utilization says].
     #[arg(long, env = "INGLE_KV_CACHE_MEMORY")]
     pub kv_cache_memory: Option<usize>,
+    /// Share of an NVIDIA GPU's memory, 0.05 to 1, that may be in use: what weights and the largest step, run once at the
+    /// start, leave of it is for cached keys and values.
+    #[arg(long, env = "INGLE_GPU_MEMORY_UTILIZATION", default_value_t = 0.9, value_parser = utilization, value_name = "SHARE")]
+    pub gpu_memory_utilization: f64,
     /// Tokens per cache block.
     #[arg(long, env = "INGLE_BLOCK_SIZE", default_value_t = 16)]
     pub block_size: usize,
-    /// Sequences that run at once at most.
-    #[arg(long, env = "INGLE_MAX_NUM_SEQS", default_value_t = 64)]
-    pub max_num_seqs: usize,
-    /// Tokens of one step at most; longer prompts are computed in chunks.
-    #[arg(long, env = "INGLE_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
-    pub max_num_batched_tokens: usize,
+    /// Sequences that run at once at most [default: 64; on a GPU 256].
+    #[arg(long, env = "INGLE_MAX_NUM_SEQS")]
+    pub max_num_seqs: Option<usize>,
+    /// Tokens of one step at most; longer prompts are computed in chunks [default: 512; on a GPU 2048].
+    #[arg(long, env = "INGLE_MAX_NUM_BATCHED_TOKENS")]
+    pub max_num_batched_tokens: Option<usize>,
     /// Keep computed blocks for later prompts that begin the same way.
     #[arg(long, env = "INGLE_ENABLE_PREFIX_CACHING", num_args = 0..=1, default_value = "true", default_missing_value = "true", action = clap::ArgAction::Set)]
     pub enable_prefix_caching: bool,
@@ -185,6 +195,13 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+fn utilization(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.05..=1.0).contains(&share) => Ok(share),
+        _ => Err("a number from 0.05 to 1 is wanted".to_owned()),
+    }
+}
+
 /// `ingle embed`
 #[derive(Debug, Clone, Args)]
 pub struct EmbedArgs {
@@ -219,8 +236,9 @@ pub struct EmbedArgs {
     /// Round the weights to fewer bits while they are loaded (CPU only).
     #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
-    /// Where to compute.
-    #[arg(long, env = "INGLE_DEVICE", default_value = "auto")]
+    /// Where to compute: `cpu`, the NVIDIA GPU `cuda` or `cuda:N`, `metal`; auto: the first GPU that can be used, else
+    /// the CPU (`ingle doctor` tells why not).
+    #[arg(long, env = "INGLE_DEVICE", default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceName,
     /// Threads that compute; 0: all processors this process may use.
     #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
@@ -419,6 +437,26 @@ pub struct DoctorArgs {
     pub threads: usize,
 }
 
+/// `ingle check`
+#[derive(Debug, Clone, Args)]
+pub struct CheckArgs {
+    /// Where to compute (see `ingle serve --help`).
+    #[arg(long, env = "INGLE_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    pub device: DeviceName,
+    /// Threads that compute; 0: all processors this process may use.
+    #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
+    pub threads: usize,
+    /// Also check the models in this folder against the `reference.json` beside each (tests/fixtures of the sources).
+    #[arg(long)]
+    pub fixtures: Option<PathBuf>,
+    /// Seed of the inputs [default: another each time].
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Write the results to this file, as JSON.
+    #[arg(long, short = 'o')]
+    pub output: Option<PathBuf>,
+}
+
 /// A floating-point type by the names that vLLM and PyTorch use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FloatType {
@@ -463,19 +501,6 @@ pub enum KvTypeName {
     F16,
     /// Bytes with a scale for each token and head: half the memory of bf16 (CPU only).
     Int8,
-}
-
-/// A place to compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DeviceName {
-    /// The first GPU this build can use, else the CPU.
-    Auto,
-    /// The processors.
-    Cpu,
-    /// The first NVIDIA GPU (needs a build with the feature `cuda`).
-    Cuda,
-    /// The Apple GPU (needs a build with the feature `metal`).
-    Metal,
 }
 
 /// Form of the log.

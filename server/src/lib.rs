@@ -12,6 +12,7 @@ pub mod commands;
 pub mod error;
 mod http;
 pub mod hub;
+pub mod launcher;
 pub mod listen;
 pub mod logging;
 mod metrics;

@@ -6,13 +6,17 @@ use std::io;
 use std::process::ExitCode;
 
 use ingle::cli::{self, Command};
-use ingle::commands;
+use ingle::{commands, launcher};
 
 fn main() -> ExitCode {
     let cli = match cli::parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
+    if let Err(error) = launcher::hand_over(&cli.command) {
+        commands::complain(&error);
+        return ExitCode::FAILURE;
+    }
     let outcome = match &cli.command {
         Command::Serve(args) => return commands::serve(args),
         Command::Run(args) => commands::run(args),
@@ -20,6 +24,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => commands::bench(args),
         Command::Models(args) => commands::models(args),
         Command::Perplexity(args) => commands::perplexity(args),
+        Command::Check(args) => commands::check(args),
         Command::Doctor(args) => commands::doctor(args),
         Command::Register(args) => commands::register(args),
         Command::Embed(args) => commands::embed(args),

@@ -258,3 +258,25 @@ fn doctor_names_what_is_used() {
     wrong.arg("doctor").env("INGLE_ISA", "avx9000");
     assert!(run(wrong).stdout.contains("INGLE_ISA=avx9000 is not among them"));
 }
+
+#[test]
+fn check_finds_this_machine_right() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let report = folder.path().join("check.json");
+    let (report, fixtures) = (report.to_str().expect("a plain path"), ingle_tests::fixture(""));
+    let fixtures = fixtures.to_str().expect("a plain path");
+    let told = ingle(&["check", "--device", "cpu", "--seed", "5", "--fixtures", fixtures, "-o", report]);
+    assert_eq!(told.code, Some(0), "{told:?}");
+    assert!(told.stdout.starts_with("checking cpu with seed 5\n"), "{told:?}");
+    let report: Value = serde_json::from_slice(&std::fs::read(report).expect("written")).expect("JSON");
+    let checks = report["checks"].as_array().expect("a list");
+    for part in ["paged_attention", "linear f32 by int4", "model llama f32", "encoder mpnet f32"] {
+        let named = |check: &&Value| check["name"].as_str().is_some_and(|name| name.starts_with(part));
+        let check = checks.iter().find(named).unwrap_or_else(|| panic!("{part} is not among {checks:?}"));
+        assert_eq!(check["passed"], true, "{check}");
+        assert!(told.stdout.contains(&format!("ok   {}", check["name"].as_str().expect("a name"))));
+    }
+    assert_eq!(report["failed"], 0);
+    let told = ingle(&["check", "--fixtures", folder.path().join("none").to_str().expect("a plain path")]);
+    assert!(told.code == Some(1) && told.error().contains("none"), "{told:?}");
+}

@@ -10,6 +10,7 @@ mod embed_command;
 mod encoder_errors;
 mod encoders;
 mod hostile;
+mod launcher;
 mod memory;
 mod metrics;
 mod one_process;

@@ -72,8 +72,8 @@ impl CodeWidth {
     }
 }
 
-/// Columns of a group when weights are rounded at load.
-const GROUP: usize = 32;
+/// Columns of a group when weights are rounded at load; of no kind of weights has a group more.
+pub(super) const GROUP: usize = 32;
 
 impl QuantMatrix {
     fn empty(rows: usize, cols: usize, group: usize, width: CodeWidth, minima: bool) -> Result<Self> {

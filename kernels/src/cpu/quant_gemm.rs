@@ -1,11 +1,13 @@
 //! `x [m, k] * w [n, k]^T -> y [m, n]` with weights of whole-number codes.
 //!
 //! Activations are rounded to signed bytes first, each group of columns that shares a weight scale with a scale of its
-//! own. A group's sum of products is a whole number and exact; the groups' sums are added in ascending order as f32. So
-//! an element's bits depend neither on m nor on the instruction set's width.
+//! own; only the largest element of a row is kept as it is, so that it does not coarsen its group (transformers have
+//! such outliers). A group's sum of products is a whole number and exact; the groups' sums are added in ascending order
+//! as f32, then the product of the largest element. So an element's bits depend neither on m nor on the instruction
+//! set's width.
 
 use super::dot::{Dot, STEP_BYTES};
-use super::quant::{CodeWidth, QuantMatrix, STEP_COLS};
+use super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
 use super::simd::{LANES, Simd};
 use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool};
 
@@ -48,6 +50,8 @@ struct RoundedRows {
     starts: Vec<i32>,
     /// `[num_rows][groups]`: the sum of the rounded activations, which the weights' minima multiply.
     totals: Vec<f32>,
+    /// `[num_rows]`: column and value of the largest element, which is zero among the codes.
+    largest: Vec<(u32, f32)>,
 }
 
 impl RoundedRows {
@@ -57,18 +61,21 @@ impl RoundedRows {
         let mut scales = vec![0.0_f32; num_rows * groups];
         let mut starts = vec![0_i32; num_rows * groups];
         let mut totals = vec![0.0_f32; if w.mins.is_some() { num_rows * groups } else { 0 }];
+        let mut largest = vec![(0, 0.0); num_rows];
+        let largest_out = OutPtr(largest.as_mut_ptr());
         let (codes_out, scales_out) = (OutPtr(codes.as_mut_ptr()), OutPtr(scales.as_mut_ptr()));
         let (starts_out, totals_out) = (OutPtr(starts.as_mut_ptr()), OutPtr(totals.as_mut_ptr()));
         let row = |idx: usize| {
             // SAFETY: one piece a row; rows do not overlap and lie in the buffers by their sizes.
-            let (codes, scales, starts) = unsafe {
+            let (codes, scales, starts, largest) = unsafe {
                 (
                     codes_out.slice(idx * w.depth, w.depth),
                     scales_out.slice(idx * groups, groups),
                     starts_out.slice(idx * groups, groups),
+                    largest_out.slice(idx, 1),
                 )
             };
-            round_to_bytes(x.row(idx), w.group, codes, scales, starts);
+            largest[0] = round_but_largest(x.row(idx), w.group, codes, scales, starts);
             if w.mins.is_some() {
                 // SAFETY: as above; the buffer has this size where there are minima.
                 let totals = unsafe { totals_out.slice(idx * groups, groups) };
@@ -85,8 +92,56 @@ impl RoundedRows {
         } else {
             pool::run(num_rows, row);
         }
-        Self { num_rows, codes, scales, starts, totals }
+        Self { num_rows, codes, scales, starts, totals, largest }
     }
+}
+
+/// As [`round_to_bytes`], all but the largest element, which becomes zero; returns its column and value.
+fn round_but_largest(
+    row: &[f32],
+    group: usize,
+    codes: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+) -> (u32, f32) {
+    let column = dispatch!(largest_column(row) -> usize, [row: &[f32]]);
+    round_to_bytes(row, group, codes, scales, sums);
+    let value = row.get(column).copied().unwrap_or(0.0);
+    let idx = column / group;
+    // Its group once more without it. Where something is not finite all scales are NaN, and stay so.
+    if value != 0.0 && !scales[idx].is_nan() {
+        let end = ((idx + 1) * group).min(row.len());
+        let mut rest = [0.0_f32; GROUP];
+        let rest = &mut rest[..end - idx * group];
+        rest.copy_from_slice(&row[idx * group..end]);
+        rest[column - idx * group] = 0.0;
+        let codes = &mut codes[idx * group..end];
+        round_to_bytes(rest, group, codes, &mut scales[idx..=idx], &mut sums[idx..=idx]);
+    }
+    (column as u32, value)
+}
+
+/// The first column with the largest magnitude; some column if one is NaN.
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn largest_column<S: Simd>(row: &[f32]) -> usize {
+    let (vectors, tail) = row.as_chunks::<LANES>();
+    let magnitude = |x: f32| x.abs();
+    // SAFETY: vectors have sixteen elements; the instruction set is given.
+    let largest = unsafe {
+        let mut largest = S::splat(0.0);
+        for x in vectors {
+            let v = S::load(x.as_ptr());
+            largest = S::max(largest, S::max(v, S::sub(S::splat(0.0), v)));
+        }
+        tail.iter().fold(S::max_lane(largest), |max, x| max.max(magnitude(*x)))
+    };
+    let found = vectors.iter().position(|x| x.iter().fold(false, |any, x| any | (magnitude(*x) == largest)));
+    let first = found.map_or(row.len() - tail.len(), |idx| idx * LANES);
+    let place = row[first..].iter().position(|x| magnitude(*x) == largest);
+    place.map_or(0, |place| first + place)
 }
 
 /// Rounds a row to `-127..=127` steps of a scale for each `group` elements; also gives the sum of each group's codes.
@@ -236,6 +291,29 @@ unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::op
     }
 }
 
+/// Column `column` of the sixteen rows of `panel`, without the matrix's unit.
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+pub(super) unsafe fn weights_of<S: Simd>(w: &QuantMatrix, panel: usize, column: usize) -> S::V {
+    let at = (panel * w.num_groups() + column / w.group) * LANES;
+    let codes = &w.codes[panel * w.width.panel_bytes(w.depth)..];
+    // SAFETY: the slices have sixteen scales and four bytes for each of the sixteen rows; the instruction set is given.
+    unsafe {
+        let scales = S::load_f16(w.scales[at..][..LANES].as_ptr());
+        let (step, shift, mask) = match w.width {
+            CodeWidth::Byte => (column / 4, column % 4 * 8, 0xff),
+            CodeWidth::Half => (column / 8, column % 4 * 8 + column % 8 / 4 * 4, 0xf),
+        };
+        let codes = S::load_bits(codes[step * STEP_BYTES..][..STEP_BYTES].as_ptr(), shift as u32, mask);
+        match &w.mins {
+            Some(mins) => S::fma(scales, codes, S::load_f16(mins[at..][..LANES].as_ptr())),
+            None => S::mul(scales, S::sub(codes, S::splat(w.zero as f32))),
+        }
+    }
+}
+
 struct Tile<'a> {
     job: &'a Job<'a>,
     first: usize,
@@ -333,6 +411,13 @@ impl Tile<'_> {
                             outputs[m][n] = S::fma(min, S::splat(total), outputs[m][n]);
                         }
                     }
+                }
+            }
+            for m in 0..M {
+                let (column, value) = x.largest[self.first + m];
+                for n in 0..N {
+                    let weights = weights_of::<S>(w, self.panel + n, column as usize);
+                    outputs[m][n] = S::fma(S::splat(value), weights, outputs[m][n]);
                 }
             }
             for (m, outputs) in outputs.iter().enumerate() {

@@ -44,6 +44,8 @@ pub(super) trait Simd: Copy {
     unsafe fn round(x: Self::V) -> Self::V;
     /// Sixteen whole numbers in `-128..=127`, to the nearest and ties to even.
     unsafe fn store_i8(p: *mut i8, v: Self::V);
+    /// Bits `shift..` of sixteen little-endian words of 32 bits at `p`, those of `mask`, as whole numbers.
+    unsafe fn load_bits(p: *const u8, shift: u32, mask: u32) -> Self::V;
     /// Asks for the line of `p` to be brought into the first-level cache.
     unsafe fn prefetch(p: *const u8);
 
@@ -203,6 +205,12 @@ impl Simd for Portable {
         unsafe { p.cast::<[i8; LANES]>().write_unaligned(bytes) }
     }
     #[inline(always)]
+    unsafe fn load_bits(p: *const u8, shift: u32, mask: u32) -> Self::V {
+        // SAFETY: sixteen words, given by the caller.
+        let words = unsafe { p.cast::<[u32; LANES]>().read_unaligned() };
+        words.map(|word| (u32::from_le(word) >> shift & mask) as f32)
+    }
+    #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
     #[inline(always)]
     unsafe fn zero_below(v: Self::V, x: Self::V, low: Self::V) -> Self::V {
@@ -321,6 +329,13 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_i8(p: *mut i8, v: __m512) {
             unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))) }
+        }
+        #[inline(always)]
+        unsafe fn load_bits(p: *const u8, shift: u32, mask: u32) -> __m512 {
+            unsafe {
+                let words = _mm512_srl_epi32(_mm512_loadu_si512(p.cast()), _mm_cvtsi32_si128(shift as i32));
+                _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(mask as i32)))
+            }
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {
@@ -475,6 +490,17 @@ mod x86 {
                 let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
                 let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
                 _mm_storeu_si128(p.cast(), _mm_packs_epi16(low, high));
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_bits(p: *const u8, shift: u32, mask: u32) -> Two {
+            unsafe {
+                let half = |p: *const u8| {
+                    let words =
+                        _mm256_srl_epi32(_mm256_loadu_si256(p.cast()), _mm_cvtsi32_si128(shift as i32));
+                    _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(mask as i32)))
+                };
+                (half(p), half(p.add(32)))
             }
         }
         #[inline(always)]

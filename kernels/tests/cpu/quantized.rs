@@ -17,9 +17,9 @@ fn dequantized(weight: &Weight) -> Tensor {
     ops::embedding(&ids, weight, DType::F32).unwrap()
 }
 
-/// What is left of activations: each group of a row in 127 steps of its largest element.
+/// What is left of activations: the largest element of a row, and each group of the others in 127 steps of its largest.
 fn rounded(x: &Tensor) -> Vec<Vec<f64>> {
-    let rows: Vec<Vec<f32>> = x.to_vec2().unwrap();
+    let mut rows: Vec<Vec<f32>> = x.to_vec2().unwrap();
     let round = |group: &[f32]| {
         let largest = group.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         let inverse = 127.0 / largest;
@@ -27,7 +27,15 @@ fn rounded(x: &Tensor) -> Vec<Vec<f64>> {
             group.iter().map(move |x| if largest == 0.0 { 0.0 } else { (x * inverse).round_ties_even() });
         codes.map(|code| f64::from(code * (largest / 127.0))).collect::<Vec<_>>()
     };
-    rows.iter().map(|row| row.chunks(GROUP).flat_map(round).collect()).collect()
+    let row = |row: &mut Vec<f32>| {
+        let kept =
+            (0..row.len()).max_by(|a, b| row[*a].abs().total_cmp(&row[*b].abs()).then(b.cmp(a))).unwrap();
+        let value = std::mem::take(&mut row[kept]);
+        let mut rounded: Vec<f64> = row.chunks(GROUP).flat_map(round).collect();
+        rounded[kept] = f64::from(value);
+        rounded
+    };
+    rows.iter_mut().map(row).collect()
 }
 
 fn formula(x: &Tensor, weight: &Weight, bias: &Tensor) -> Tensor {
@@ -107,6 +115,24 @@ fn int4_is_no_worse_than_q4_0() {
     let weight = Weight::quantized(std::slice::from_ref(&matrix), Quantization::Int4, &CPU).unwrap();
     let (ours, theirs) = (noise(&dequantized(&weight), &matrix), noise(&q4_0, &matrix));
     assert!(ours < theirs, "{ours} against {theirs}");
+}
+
+#[test]
+fn an_outlier_does_not_coarsen_its_neighbours() {
+    let mut rng = rng(18);
+    let weight = Weight::quantized(&[random(&mut rng, &[48, 96])], Quantization::Int8, &CPU).unwrap();
+    let mut x = values(&random(&mut rng, &[1, 96]));
+    for at in [0, 40, 95] {
+        let before = std::mem::replace(&mut x[at], -3000.0);
+        let found = Tensor::from_vec(x.clone(), (1, 96), &CPU).unwrap();
+        let wanted = found.matmul(&dequantized(&weight).t().unwrap()).unwrap();
+        let outlier = (dequantized(&weight).narrow(1, at, 1).unwrap().t().unwrap() * 3000.0).unwrap();
+        // What the other elements give, without the outlier's part.
+        let rest = |y: Tensor| y.broadcast_add(&outlier).unwrap();
+        let found = rest(ops::linear(&found, &weight, None).unwrap());
+        assert!(noise(&found, &rest(wanted)) < 0.01, "at {at}");
+        x[at] = before;
+    }
 }
 
 #[test]

@@ -32,6 +32,8 @@ use crate::weights::FolderSource;
 /// Tokens of one pass through the layers, unless a single sequence is longer: activations of one layer then stay in the
 /// larger caches, and the weights are still read seldom enough.
 const TOKENS_PER_PASS: usize = 1024;
+/// The same on a GPU, which wants much at once.
+const TOKENS_PER_PASS_GPU: usize = 16_384;
 
 /// Loads the encoder in `folder`.
 ///
@@ -161,10 +163,11 @@ impl Encoder for LoadedEncoder {
     fn forward(&mut self, batch: &EncoderBatch) -> Result<Vec<f32>> {
         batch.check(&self.info)?;
         let mut rows = Vec::with_capacity(batch.num_seqs() * self.info.dimensions);
+        let most = if self.device.is_cpu() { TOKENS_PER_PASS } else { TOKENS_PER_PASS_GPU };
         let mut first = 0;
         while first < batch.num_seqs() {
             let start = batch.cu_seqlens[first] as usize;
-            let fits = |end: &usize| batch.cu_seqlens[*end] as usize - start <= TOKENS_PER_PASS;
+            let fits = |end: &usize| batch.cu_seqlens[*end] as usize - start <= most;
             let end = (first + 2..=batch.num_seqs()).take_while(fits).last().unwrap_or(first + 1);
             rows.extend(self.pass(batch, first, end)?);
             first = end;

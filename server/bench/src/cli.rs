@@ -253,8 +253,8 @@ pub struct ModelBenchArgs {
     /// Folder, GGUF file or hub id.
     #[arg(required_unless_present = "random_weights", conflicts_with = "random_weights")]
     pub model: Option<String>,
-    /// Make the weights up: name of a preset (tiny, smollm2-135m, smollm2-360m, qwen3-0.6b, llama-3.2-1b,
-    /// llama-3.1-8b), or a folder with a config.json. They are the same for the same --seed.
+    /// Make the weights up, in memory: name of a preset (tiny, smollm2-135m, smollm2-360m, qwen3-0.6b, llama-3.2-1b,
+    /// llama-3.1-8b, llama-3.1-70b), or a folder with a config.json. They are the same for the same --seed.
     #[arg(long, value_name = "PRESET|FOLDER")]
     pub random_weights: Option<String>,
     /// Lengths of prompts [default: 512]; 0: none.
@@ -283,8 +283,8 @@ pub struct ModelBenchArgs {
 /// `ingle bench make-model`
 #[derive(Debug, Clone, Args)]
 pub struct MakeModelArgs {
-    /// Name of a preset (tiny, smollm2-135m, smollm2-360m, qwen3-0.6b, llama-3.2-1b, llama-3.1-8b), or a folder with a
-    /// config.json.
+    /// Name of a preset (tiny, smollm2-135m, smollm2-360m, qwen3-0.6b, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b), or a
+    /// folder with a config.json.
     pub preset: String,
     /// Folder to write: config, bf16 weights as safetensors, tokenizer.
     pub out_dir: PathBuf,

@@ -53,6 +53,8 @@ pub enum SampleResult {
     },
     /// The row (or a prompt row) held NaN or infinity.
     NonFinite,
+    /// This sequence could not be computed, and why; the others of the step were.
+    Failed(String),
 }
 
 /// Why a step failed.

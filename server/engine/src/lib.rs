@@ -27,6 +27,8 @@ mod sequence;
 mod stats;
 
 /// How the model under the engine is found, loaded and computed; users of the engine need no other crate.
+pub use ingle_models::gpu;
+pub use ingle_models::{Checked, check::check_models, check_ops};
 pub use ingle_models::{
     ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, GgufText, Isa, KvDtype, LoadProgress,
     Progress, Quantization, convert, gguf_text_files, isa, num_threads, probe, set_num_threads,
@@ -45,7 +47,8 @@ pub use request::{
     TokenLogprobs, Usage, ValidatedRequest,
 };
 pub use runner::{
-    CacheOptions, DType, Device, KvBudget, LoadOptions, LoadTimings, ModelInfo, ModelRunner, RunnerError,
+    CacheOptions, DType, Device, Fill, KvBudget, LoadOptions, LoadTimings, MadeUp, ModelInfo, ModelRunner,
+    RunnerError,
 };
 pub use scheduler::{MAX_PASSES, MAX_PREEMPTIONS, NeverFits, Scheduler, SchedulerCounters, SchedulerEvent};
 pub use sequence::SeqStatus;

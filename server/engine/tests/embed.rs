@@ -16,6 +16,8 @@ const MAX_LEN: usize = 32;
 const PANIC: u32 = 90;
 const FAIL: u32 = 91;
 const NAN: u32 = 92;
+/// A sequence that begins with it loses the device.
+const LOSE: u32 = 93;
 
 /// A row is the sum and the number of a sequence's ids, and the sum of its segments.
 struct Sums {
@@ -43,6 +45,10 @@ impl Encoder for Sums {
             assert_ne!(ids[0], PANIC, "planted");
             if ids[0] == FAIL {
                 return Err(ingle_models::Error::Batch("planted".into()));
+            }
+            if ids[0] == LOSE {
+                let text = "DriverError(CUDA_ERROR_LAUNCH_FAILED, \"unspecified launch failure\")";
+                return Err(ingle_models::Error::Batch(text.into()));
             }
             let sum = if ids[0] == NAN { f32::NAN } else { ids.iter().sum::<u32>() as f32 };
             rows.extend([sum, ids.len() as f32, batch.token_type_ids[range].iter().sum::<u32>() as f32]);
@@ -149,6 +155,31 @@ fn only_the_request_at_fault_fails_and_the_thread_lives_on() {
         assert_eq!(encoder.stats().failed, 1);
         drop(open);
     }
+}
+
+#[test]
+fn a_lost_device_ends_the_encoder_and_all_are_told() {
+    let (encoder, batches, open) = gated(EncoderConfig::default());
+    let first = encoder.submit(vec![input(&[1])]).expect("accepted");
+    while encoder.stats().running_inputs == 0 {
+        std::thread::yield_now();
+    }
+    let others: Vec<_> = [2, LOSE, 3].map(|id| encoder.submit(vec![input(&[id])]).expect("accepted")).into();
+    for _ in 0..100 {
+        // The thread may have ended already.
+        let _ = open.send(());
+    }
+    assert_eq!(first.blocking_finish().expect("rows").rows, [1.0, 1.0, 0.0]);
+    for request in others {
+        let error = request.blocking_finish().expect_err("the device is lost");
+        assert!(matches!(error, EncodeError::Batch(_) | EncodeError::Dead), "{error:?}");
+    }
+    while encoder.health() != Health::Dead {
+        std::thread::yield_now();
+    }
+    assert!(encoder.submit(vec![input(&[4])]).is_err());
+    // The three shared a batch; nothing was computed after it.
+    assert_eq!(batches.lock().expect("ended").len(), 2);
 }
 
 #[test]

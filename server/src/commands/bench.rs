@@ -8,13 +8,13 @@ use anyhow::{Context, bail};
 use ingle_bench::TextCodec;
 use ingle_bench::cli::{EmbedBenchArgs, Format, MakeModelArgs, OutputArgs, ServeBenchArgs, StartupBenchArgs};
 use ingle_bench::compare::Verdict;
-use ingle_bench::model::RandomModel;
+use ingle_bench::model::{RandomModel, Subject};
 use ingle_bench::report::{
     Table, model_remarks, model_table, serve_html, serve_remarks, serve_table, write, write_json,
 };
 use serde::Serialize;
 
-use super::load::{find_generator, load_options, root};
+use super::load::{find_generator, load_options, root, step_tokens};
 use crate::cli::bench::{BenchArgs, BenchCommand, BenchModelArgs};
 use crate::text::{Specials, Tokenizer};
 
@@ -47,22 +47,20 @@ fn serve(args: &ServeBenchArgs) -> anyhow::Result<()> {
 fn model(args: &BenchModelArgs) -> anyhow::Result<()> {
     ingle_engine::set_num_threads(args.load.threads);
     let options = load_options(&args.load)?;
-    let made;
-    let (name, path) = match (&args.bench.random_weights, &args.bench.model) {
+    let (made, path);
+    let (name, subject) = match (&args.bench.random_weights, &args.bench.model) {
         (Some(preset), _) => {
-            let model = RandomModel::new(preset, args.load.seed)?;
-            made = tempfile::Builder::new().prefix("ingle-bench-").tempdir()?;
-            model.write(made.path())?;
-            (format!("{preset} (random weights)"), made.path().to_owned())
+            made = RandomModel::new(preset, args.load.seed)?;
+            (format!("{preset} (random weights)"), Subject::MadeUp(&made))
         }
         (None, Some(name)) => {
-            let path = find_generator(name, &args.load)?;
-            (root(name), path)
+            path = find_generator(name, &args.load)?;
+            (root(name), Subject::Folder(&path))
         }
         (None, None) => bail!("a model or --random-weights is wanted"),
     };
-    let sizes = (args.load.block_size, args.load.max_num_batched_tokens);
-    let result = ingle_bench::model::run(&args.bench, &name, &path, &options, sizes)?;
+    let sizes = (args.load.block_size, step_tokens(&args.load, &options.device));
+    let result = ingle_bench::model::run(&args.bench, &name, &subject, &options, sizes)?;
     print(&args.bench.out, &result, &model_table(&result), &result.points)?;
     note(&args.bench.out, &model_remarks(&result));
     Ok(())

@@ -2,10 +2,11 @@
 
 use std::io::Write;
 
-use ingle_engine::{Device, Isa, isa, num_threads, set_num_threads};
+use ingle_engine::{Isa, gpu, isa, num_threads, set_num_threads};
 
 use super::load::available_memory_mib;
 use crate::cli::DoctorArgs;
+use crate::launcher::CudaBuild;
 
 /// Prints a report, with advice where something is not as good as it could be.
 ///
@@ -45,25 +46,58 @@ pub fn doctor(args: &DoctorArgs) -> anyhow::Result<()> {
         None => lines.push(("memory", "the system does not tell".to_owned())),
     }
     lines.push(("large pages", large_pages()));
-    for (name, built, device) in [
-        ("cuda", cfg!(feature = "cuda"), Device::new_cuda as fn(usize) -> _),
-        ("metal", cfg!(feature = "metal"), Device::new_metal),
-    ] {
-        let text = if built {
-            match device(0) {
-                Ok(_) => "a GPU is there and can be used (--device auto takes it)".to_owned(),
-                Err(error) => format!("built in, but no GPU can be used: {error}; --device cpu works"),
-            }
-        } else {
-            format!("not in this build (cargo build --features {name})")
-        };
-        lines.push((name, text));
-    }
+    lines.extend(nvidia_lines());
+    lines.push((
+        "metal",
+        match (cfg!(feature = "metal"), gpu::open_metal()) {
+            (false, _) => "not in this build (cargo build --features metal)".to_owned(),
+            (true, Ok(_)) => "a GPU is there and can be used (--device auto takes it)".to_owned(),
+            (true, Err(error)) => format!("built in, but no GPU can be used: {error}; --device cpu works"),
+        },
+    ));
     let mut out = std::io::stdout().lock();
     for (name, text) in lines {
         writeln!(out, "{name:<16} {text}")?;
     }
     Ok(())
+}
+
+/// The driver, its GPUs, the program that can use them, and what comes of it.
+fn nvidia_lines() -> Vec<(&'static str, String)> {
+    let driver = gpu::nvidia();
+    let mut lines = vec![(
+        "nvidia driver",
+        match &driver {
+            Ok(driver) => format!("runs CUDA {}.{} and older", driver.cuda.0, driver.cuda.1),
+            Err(why) => why.to_string(),
+        },
+    )];
+    for (number, gpu) in driver.iter().flat_map(|driver| &driver.gpus).enumerate() {
+        lines.push(("", format!("cuda:{number} {gpu}")));
+    }
+    let build = CudaBuild::find();
+    lines.push(("cuda build", if cfg!(feature = "cuda") { "this program".to_owned() } else { build.line() }));
+    let verdict = match driver {
+        Err(_) => "not used: there is no GPU; --device auto computes on the CPU".to_owned(),
+        Ok(_) if cfg!(feature = "cuda") => match opened() {
+            Ok(memory) => format!("used by --device auto: {memory}"),
+            Err(error) => format!("not used: {error}; --device cpu works"),
+        },
+        Ok(_) => match build {
+            CudaBuild::Ready(_) => "used by --device auto, through the program above".to_owned(),
+            _ => "not used: the program above cannot; --device auto computes on the CPU".to_owned(),
+        },
+    };
+    lines.push(("cuda", verdict));
+    lines
+}
+
+/// Opens the first GPU, as a model would, and tells its memory.
+fn opened() -> anyhow::Result<String> {
+    let memory = gpu::device_memory(&gpu::open_cuda(0)?)?;
+    Ok(memory.map_or_else(String::new, |memory| {
+        format!("{} of {} MiB of its memory are free", memory.free >> 20, memory.total >> 20)
+    }))
 }
 
 /// Whether the system gives weights pages of 2 MiB.

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use ingle_engine::{
     Backend, CacheOptions, DType, Device, Engine, EngineConfig, EngineHandle, KvBudget, KvDtype, Limits,
-    LoadOptions, ModelInfo, ModelRunner, Progress, Quantization, Sharing, Turn,
+    LoadOptions, ModelInfo, ModelRunner, Progress, Quantization, Sharing, Turn, gpu,
 };
 
 use crate::cli::{DeviceName, FloatType, KvTypeName, ModelArgs, QuantizationName};
@@ -79,9 +79,9 @@ pub(super) fn load(
     let device = options.device.clone();
     let cache = CacheOptions {
         block_size: args.block_size,
-        budget: KvBudget::Bytes(cache_bytes(args)?),
+        budget: cache_budget(args, &device)?,
         max_model_len: args.max_model_len,
-        max_num_seqs: args.max_num_seqs,
+        max_num_seqs: args.max_num_seqs.unwrap_or(if device.is_cpu() { 64 } else { 256 }),
     };
     let begin = Instant::now();
     let mut runner = phases.time("weights", || ModelRunner::load(&path, &options, &cache))?;
@@ -100,7 +100,7 @@ pub(super) fn load(
     }
     let report = report(&path, &info, &runner, (&device, args.tensor_parallel_size), &text);
     let config = runner.engine_config(EngineConfig {
-        max_num_batched_tokens: args.max_num_batched_tokens,
+        max_num_batched_tokens: step_tokens(args, &device),
         max_num_queued_reqs: sizes.max_num_queued_reqs,
         enable_prefix_caching: args.enable_prefix_caching,
         enable_chunked_prefill: args.enable_chunked_prefill,
@@ -245,25 +245,21 @@ fn load_text(path: &Path, args: &ModelArgs) -> anyhow::Result<Arc<TextModel>> {
 }
 
 pub(super) fn device(name: DeviceName) -> anyhow::Result<Device> {
-    match name {
+    let device = match name {
         DeviceName::Cpu => Ok(Device::Cpu),
-        DeviceName::Auto if !cfg!(any(feature = "cuda", feature = "metal")) => Ok(Device::Cpu),
-        DeviceName::Auto => Ok(gpu().unwrap_or(Device::Cpu)),
-        DeviceName::Cuda if !cfg!(feature = "cuda") => {
+        DeviceName::Auto if cfg!(feature = "cuda") => Ok(gpu::open_cuda(0).unwrap_or(Device::Cpu)),
+        DeviceName::Auto if cfg!(feature = "metal") => Ok(gpu::open_metal().unwrap_or(Device::Cpu)),
+        DeviceName::Auto => Ok(Device::Cpu),
+        DeviceName::Cuda(_) if !cfg!(feature = "cuda") => {
             bail!("this build has no CUDA support; build with `--features cuda`, or use --device cpu")
         }
         DeviceName::Metal if !cfg!(feature = "metal") => {
             bail!("this build has no Metal support; build with `--features metal`, or use --device cpu")
         }
-        DeviceName::Cuda | DeviceName::Metal => {
-            gpu().context("no GPU can be used; --device cpu always works")
-        }
-    }
-}
-
-fn gpu() -> anyhow::Result<Device> {
-    // One stream for all threads: candle's default gives each thread its own, and they would race.
-    Ok(if cfg!(feature = "cuda") { Device::new_cuda_with_stream(0)? } else { Device::new_metal(0)? })
+        DeviceName::Cuda(number) => gpu::open_cuda(number),
+        DeviceName::Metal => gpu::open_metal(),
+    };
+    device.with_context(|| format!("no GPU can be used as --device {name}; --device cpu always works"))
 }
 
 pub(super) fn float_type(name: FloatType) -> Option<DType> {
@@ -283,15 +279,26 @@ pub(super) fn quantization(name: QuantizationName) -> Option<Quantization> {
     }
 }
 
-/// Bytes for cached keys and values.
-fn cache_bytes(args: &ModelArgs) -> anyhow::Result<usize> {
+/// Tokens of one step at most. A GPU computes many at once for what few cost.
+pub(super) fn step_tokens(args: &ModelArgs, device: &Device) -> usize {
+    args.max_num_batched_tokens.unwrap_or(if device.is_cpu() { 512 } else { 2048 })
+}
+
+/// Memory for cached keys and values.
+fn cache_budget(args: &ModelArgs, device: &Device) -> anyhow::Result<KvBudget> {
     let mib = match args.kv_cache_memory {
         Some(mib) => mib,
+        None if device.is_cuda() => {
+            // Between 50 and 1000: the flag is checked.
+            let per_mille = (args.gpu_memory_utilization * 1000.0).round() as u16;
+            return Ok(KvBudget::Measured { per_mille, step_tokens: step_tokens(args, device) });
+        }
         None => {
             available_memory_mib().map_or(DEFAULT_CACHE_MIB / 4, |free| (free / 4).min(DEFAULT_CACHE_MIB))
         }
     };
-    mib.checked_mul(1 << 20).with_context(|| format!("--kv-cache-memory {mib} is too large"))
+    let bytes = mib.checked_mul(1 << 20);
+    bytes.map(KvBudget::Bytes).with_context(|| format!("--kv-cache-memory {mib} is too large"))
 }
 
 /// Memory that can be had without swapping, within the limits of the control group.
@@ -317,8 +324,7 @@ fn report(
         Device::Cpu => {
             format!("cpu, {}, {} threads", ingle_engine::isa().name(), ingle_engine::num_threads())
         }
-        Device::Cuda(_) => "cuda".to_owned(),
-        Device::Metal(_) => "metal".to_owned(),
+        device => gpu::device_name(device),
     };
     let place = if ranks > 1 { format!("{place}, {ranks} ranks") } else { place };
     vec![

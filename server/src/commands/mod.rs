@@ -1,6 +1,7 @@
 //! What the commands of the binary do; one file each.
 
 mod bench;
+mod check;
 mod convert;
 mod doctor;
 mod embed;
@@ -14,6 +15,7 @@ mod serve;
 mod tier;
 
 pub use bench::bench;
+pub use check::check;
 pub use convert::convert;
 pub use doctor::doctor;
 pub use embed::embed;

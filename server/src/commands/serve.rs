@@ -181,12 +181,7 @@ fn load_all(args: &ServeArgs) -> anyhow::Result<(Models, Vec<String>)> {
     let mut models = Models { arbiter: arbiter.clone(), ..Models::default() };
     let mut report = Vec::new();
     ingle_engine::set_num_threads(args.load.threads);
-    if let Some(name) = generator {
-        let sizes = EngineSizes { max_num_queued_reqs: args.max_num_queued_reqs, max_n: args.max_n };
-        let loaded = load(&name, &args.load, &sizes, turn(ComputeClass::Generate))?;
-        report.extend(loaded.report);
-        models.generator = Some(Generator { engine: loaded.engine, text: loaded.text, card: loaded.card });
-    }
+    // Encoders first: what they leave of a GPU's memory is for the other's cache.
     let how = How {
         find: Find::of(&args.load),
         device: args.load.device,
@@ -203,6 +198,12 @@ fn load_all(args: &ServeArgs) -> anyhow::Result<(Models, Vec<String>)> {
             EncoderTask::Embed => Vec::new(),
         };
         models.encoders.push(load_encoder::start(loaded, names, wanted, turn(ComputeClass::Encode))?);
+    }
+    if let Some(name) = generator {
+        let sizes = EngineSizes { max_num_queued_reqs: args.max_num_queued_reqs, max_n: args.max_n };
+        let loaded = load(&name, &args.load, &sizes, turn(ComputeClass::Generate))?;
+        report.splice(..0, loaded.report);
+        models.generator = Some(Generator { engine: loaded.engine, text: loaded.text, card: loaded.card });
     }
     check_names(args, &models)?;
     Ok((models, report))

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use ingle_engine::{CacheOptions, KvBudget, LoadOptions, ModelInfo, ModelRunner, probe};
+use ingle_engine::{CacheOptions, KvBudget, LoadOptions, ModelInfo, ModelRunner, gpu, probe};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -95,6 +95,9 @@ pub struct ModelResult {
     pub weight_bytes: usize,
     /// Bytes of a token's keys and values.
     pub kv_bytes_per_token: usize,
+    /// Where it was computed, if not on the CPU.
+    #[serde(default)]
+    pub device: Option<String>,
     /// Instruction set of the kernels.
     pub isa: String,
     /// Threads that compute.
@@ -136,14 +139,23 @@ fn cases(args: &ModelBenchArgs) -> anyhow::Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// Loads the model in `path` with `options` and measures it.
+/// What is measured.
+#[derive(Debug)]
+pub enum Subject<'a> {
+    /// The model in a folder or file.
+    Folder(&'a Path),
+    /// One whose weights are made up in memory.
+    MadeUp(&'a RandomModel),
+}
+
+/// Loads `subject` with `options` and measures it.
 ///
 /// # Errors
 /// If the model cannot be loaded or a step fails.
 pub fn run(
     args: &ModelBenchArgs,
     name: &str,
-    path: &Path,
+    subject: &Subject<'_>,
     options: &LoadOptions,
     (block_size, step_tokens): (usize, usize),
 ) -> anyhow::Result<ModelResult> {
@@ -158,13 +170,28 @@ pub fn run(
         max_model_len: Some(longest + 1),
         max_num_seqs: cases.iter().map(|case| case.batch).max().unwrap_or(1),
     };
+    // Before the model is there: the buffers that are copied need room.
+    let device_limits = gpu::device_limits(&options.device)?.map(on_device);
+    gpu::release_memory(&options.device)?;
     let begin = Instant::now();
-    let mut runner = ModelRunner::load(path, options, &cache)?;
+    let mut runner = match subject {
+        Subject::Folder(path) => ModelRunner::load(path, options, &cache)?,
+        Subject::MadeUp(model) => {
+            let config = model.config().to_string();
+            ModelRunner::made_up(&config, model.tensors()?, model.seed(), options, &cache)?
+        }
+    };
     let load_seconds = begin.elapsed().as_secs_f64();
     runner.warm_up(32)?;
     let info = runner.info().clone();
-    let limits = limits(info.weight_bytes);
-    let shape = Shape::read(path);
+    let limits = match device_limits {
+        Some(limits) => limits,
+        None => limits(info.weight_bytes),
+    };
+    let shape = match subject {
+        Subject::Folder(path) => Shape::read(path),
+        Subject::MadeUp(model) => Shape::of(model.config()),
+    };
     let (num_blocks, vocab_size) = (runner.num_blocks(), runner.vocab_size());
     let mut driver = Driver::new(&mut runner, (block_size, num_blocks), step_tokens, vocab_size)?;
     let mut points = Vec::with_capacity(cases.len());
@@ -184,6 +211,7 @@ pub fn run(
         ),
         weight_bytes: info.weight_bytes,
         kv_bytes_per_token: info.kv_bytes_per_token,
+        device: (!options.device.is_cpu()).then(|| gpu::device_name(&options.device)),
         isa: ingle_engine::isa().name().to_owned(),
         threads: ingle_engine::num_threads(),
         load_seconds,
@@ -192,6 +220,18 @@ pub fn run(
         metadata: crate::report::metadata(&args.out.metadata)?,
         points,
     })
+}
+
+/// A GPU's limits. What a copy moves is what reading alone is held against, too: no kernel reads faster than that.
+fn on_device(limits: gpu::DeviceLimits) -> Limits {
+    let copy = limits.copy_bytes_per_second / 1e9;
+    let rate: Value = (limits.matrix_ops_per_second / 1e9).into();
+    Limits {
+        working_set_bytes: 0,
+        read_gb_per_s: copy,
+        copy_gb_per_s: copy,
+        gops_per_s: Map::from_iter([("bf16 (cuBLAS)".to_owned(), rate)]),
+    }
 }
 
 fn limits(weight_bytes: usize) -> Limits {

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 /// The known presets.
-pub const PRESETS: [&str; 6] =
-    ["tiny", "smollm2-135m", "smollm2-360m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b"];
+pub const PRESETS: [&str; 7] =
+    ["tiny", "smollm2-135m", "smollm2-360m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b"];
 
 /// The config.json of preset `name`.
 #[must_use]
@@ -27,6 +27,7 @@ pub fn preset(name: &str) -> Option<Value> {
         "smollm2-360m" => llama([960, 2560, 32, 15, 5, 64, 49_152], true, 1e5, 8192),
         "llama-3.2-1b" => llama([2048, 8192, 16, 32, 8, 64, 128_256], true, 5e5, 131_072),
         "llama-3.1-8b" => llama([4096, 14_336, 32, 32, 8, 128, 128_256], false, 5e5, 131_072),
+        "llama-3.1-70b" => llama([8192, 28_672, 80, 64, 8, 128, 128_256], false, 5e5, 131_072),
         "qwen3-0.6b" => {
             let mut config = llama([1024, 3072, 28, 16, 8, 128, 151_936], true, 1e6, 40_960);
             config["architectures"] = json!(["Qwen3ForCausalLM"]);

@@ -8,6 +8,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use ingle_engine::{Fill, MadeUp};
 use serde_json::{Map, Value, json};
 
 use super::preset::{PRESETS, preset};
@@ -18,20 +19,6 @@ use super::vocabulary;
 pub struct RandomModel {
     config: Value,
     seed: u64,
-}
-
-/// A tensor to come.
-struct Tensor {
-    name: String,
-    shape: Vec<usize>,
-    fill: Fill,
-}
-
-#[derive(Clone, Copy)]
-enum Fill {
-    Random,
-    Ones,
-    Zeros,
 }
 
 impl RandomModel {
@@ -65,7 +52,7 @@ impl RandomModel {
         Ok(usize::try_from(size)?)
     }
 
-    fn tensors(&self) -> anyhow::Result<Vec<Tensor>> {
+    pub(crate) fn tensors(&self) -> anyhow::Result<Vec<MadeUp>> {
         let architecture = self.config["architectures"][0].as_str().unwrap_or_default();
         let (bias, head_norms) = match architecture {
             "LlamaForCausalLM" | "MistralForCausalLM" => (self.config["attention_bias"] == true, false),
@@ -83,7 +70,7 @@ impl RandomModel {
         let (q, kv) = (heads * head, kv_heads * head);
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize], fill: Fill| {
-            tensors.push(Tensor { name, shape: shape.to_vec(), fill });
+            tensors.push(MadeUp { name, shape: shape.to_vec(), fill });
         };
         add("model.embed_tokens.weight".into(), &[vocab, hidden], Fill::Random);
         for layer in 0..layers {
@@ -113,6 +100,16 @@ impl RandomModel {
             add("lm_head.weight".into(), &[vocab, hidden], Fill::Random);
         }
         Ok(tensors)
+    }
+
+    /// The config.json.
+    pub(crate) fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// What decides the numbers.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// Writes config, weights (bf16) and tokenizer to `folder`, which is made if it is not there. Returns the number of
@@ -225,6 +222,7 @@ mod tests {
         assert_eq!(count("smollm2-135m"), 134_515_008);
         assert_eq!(count("llama-3.2-1b"), 1_235_814_400);
         assert_eq!(count("llama-3.1-8b"), 8_030_261_248);
+        assert_eq!(count("llama-3.1-70b"), 70_553_706_496);
         assert_eq!(count("qwen3-0.6b"), 596_049_920);
         assert!(RandomModel::new("no-such-model", 0).unwrap_err().to_string().contains("llama-3.2-1b"));
     }

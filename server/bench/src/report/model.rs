@@ -17,7 +17,8 @@ pub fn model_table(result: &ModelResult) -> Table {
             result.weights.clone(),
             format!("{:.1}", result.weight_bytes as f64 / f64::from(1 << 20)),
             format!("{:.2} M", result.num_parameters as f64 / 1e6),
-            result.isa.clone(),
+            // `cuda:0 (what it is)`; the table has room for the first word.
+            result.device.as_deref().and_then(|d| d.split(' ').next()).unwrap_or(&result.isa).to_owned(),
             result.threads.to_string(),
             point.test.clone(),
             format!("{:.2}", point.avg_ts),
@@ -52,7 +53,7 @@ pub fn model_remarks(result: &ModelResult) -> Vec<String> {
         ),
         format!("loaded in {:.2} s; steps of {} tokens at most", result.load_seconds, result.step_tokens),
     ];
-    if result.isa == "amx" {
+    if result.device.is_none() && result.isa == "amx" {
         remarks.push(
             "the rate of AMX tiles is not measured: shares of GFLOP/s are of the vector unit's".to_owned(),
         );

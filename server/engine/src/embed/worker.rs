@@ -1,11 +1,14 @@
 //! The encoder's thread: receive, cut, compute, answer.
 //!
-//! A batch that fails or panics is computed again request by request, so that only the request at fault fails.
+//! A batch that fails or panics is computed again request by request, so that only the request at fault fails. After an
+//! error that leaves a GPU useless nothing more is computed: all that wait are told, and the process ends.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
+
+use ingle_models::gpu;
 
 use crate::compute::Turn;
 
@@ -31,6 +34,8 @@ pub(super) struct Worker {
     /// Tokens a second of own computing time; 0: not known.
     speed: f64,
     stats: EncoderStats,
+    /// The device has failed for good, and nothing may be given to it any more.
+    lost: bool,
 }
 
 /// An accepted request that is not yet answered.
@@ -62,6 +67,7 @@ impl Worker {
             width: width.max(1),
             speed: 0.0,
             stats: EncoderStats::default(),
+            lost: false,
         }
     }
 
@@ -102,6 +108,10 @@ impl Worker {
                 self.batch(&jobs);
             }
             self.publish(0);
+            if self.lost {
+                tracing::error!("the encoder's device is lost; the encoder ends");
+                return;
+            }
         }
     }
 
@@ -191,6 +201,9 @@ impl Worker {
 
     /// One forward pass: `[jobs, width]`.
     fn compute(&mut self, jobs: &[&Job]) -> Result<Vec<f32>, EncodeError> {
+        if self.lost {
+            return Err(EncodeError::Batch("the device is lost".into()));
+        }
         let batch = ragged(jobs.iter().copied());
         let tokens = batch.input_ids.len();
         let busy_before = self.turn.as_ref().map(|turn| {
@@ -208,7 +221,11 @@ impl Worker {
         self.stats.busy_seconds += seconds;
         let rows = match outcome {
             Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return Err(EncodeError::Batch(error.to_string())),
+            Ok(Err(error)) => {
+                let text = error.to_string();
+                self.lost |= gpu::Fault::of(&text) == gpu::Fault::Lost;
+                return Err(EncodeError::Batch(text));
+            }
             Err(_) => {
                 self.stats.panics += 1;
                 tracing::error!(inputs = jobs.len(), tokens, "the encoder panicked");

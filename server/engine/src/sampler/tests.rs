@@ -19,7 +19,7 @@ fn pick_with(
     let request = Request { prompt: prompt.to_vec(), sampling: sampling.clone(), ..Request::default() };
     match sample(&mut row.to_vec(), &request, spec) {
         SampleResult::Token { id, logprobs } => (id, logprobs),
-        SampleResult::NonFinite => panic!("the row is finite"),
+        SampleResult::NonFinite | SampleResult::Failed(_) => panic!("the row is finite"),
     }
 }
 

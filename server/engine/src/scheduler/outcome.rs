@@ -90,6 +90,9 @@ impl Scheduler {
             }
             return self.fail_request(request, EngineError::NonFiniteLogits, events);
         }
+        if let Some(SampleResult::Failed(why)) = output.sampled {
+            return self.fail_request(request, EngineError::Step(why), events);
+        }
         let start = seq.num_confirmed;
         seq.num_confirmed = part.end();
         if part.prompt_logprobs.is_some()

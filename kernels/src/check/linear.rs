@@ -1,0 +1,133 @@
+//! Matrix products and rows of matrices, in every format of weights.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Checker, Pair, Random, put, tolerance};
+use crate::error::Result;
+use crate::ops;
+use crate::weight::{BlockType, Quantization, QuantizedBlocks, Weight};
+
+/// Rows and columns of a matrix; columns of whole blocks, and others.
+const SHAPES: [(usize, usize); 5] = [(48, 64), (257, 96), (96, 1024), (1000, 160), (2048, 512)];
+const ODD: (usize, usize) = (33, 70);
+/// Rows of activations: decoding alone and together, and prompts.
+const TOKENS: [usize; 8] = [1, 2, 3, 8, 9, 17, 64, 200];
+
+pub(super) fn check(checker: &mut Checker<'_>) {
+    for &dtype in checker.dtypes() {
+        let stored: &[DType] =
+            if checker.device.is_cpu() { &[DType::F32, DType::BF16, DType::F16] } else { &[dtype] };
+        for &stored in stored {
+            let name = format!("linear {} by {}", dtype.as_str(), stored.as_str());
+            checker.run(name, tolerance(dtype), |random, device, check| {
+                for (rows, cols) in SHAPES.into_iter().chain([ODD]) {
+                    let matrix = random.tensor(&[rows, cols], stored)?;
+                    let weight = Weight::new(matrix.clone(), stored, device)?;
+                    products((&weight, &matrix), dtype, random, device, check)?;
+                }
+                Ok(())
+            });
+        }
+        for format in formats(&checker.device) {
+            let name = format!("linear {} by {}", dtype.as_str(), format.name());
+            // Kernels may round activations to bytes or to fp8 while they multiply.
+            let allowed = tolerance(dtype).max(format.allowed());
+            checker.run(name, allowed, |random, device, check| {
+                for (rows, cols) in SHAPES {
+                    let (weight, matrix) = format.make(rows, cols, random, device)?;
+                    products((&weight, &matrix), dtype, random, device, check)?;
+                }
+                Ok(())
+            });
+        }
+    }
+}
+
+/// Products with a few numbers of rows, with a bias and without, and some rows of the matrix itself.
+fn products(
+    (weight, matrix): (&Weight, &Tensor),
+    dtype: DType,
+    random: &mut Random,
+    device: &Device,
+    check: &mut dyn FnMut(Pair) -> Result<()>,
+) -> Result<()> {
+    let (rows, cols) = matrix.dims2()?;
+    for tokens in TOKENS {
+        let (x, bias) = (random.tensor(&[tokens, cols], dtype)?, random.tensor(&[rows], dtype)?);
+        let with_bias = random.below(2) == 0;
+        let on_device = with_bias.then(|| put(&bias, dtype, device)).transpose()?;
+        let found = ops::linear(&put(&x, dtype, device)?, weight, on_device.as_ref())?;
+        let product = x.matmul(&matrix.t()?)?;
+        let wanted = if with_bias { product.broadcast_add(&bias)? } else { product };
+        check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols}") })?;
+    }
+    let ids: Vec<u32> = (0..5).map(|_| random.below(rows) as u32).chain([rows as u32 - 1]).collect();
+    let found = ops::embedding(&ids, weight, dtype)?;
+    let wanted = matrix.index_select(&Tensor::new(ids.as_slice(), &Device::Cpu)?, 0)?;
+    check(Pair { found, wanted, case: format!("rows of {rows} x {cols}") })
+}
+
+/// A format of rounded weights.
+enum Format {
+    Rounded(Quantization),
+    Blocks(BlockType),
+}
+
+fn formats(_: &Device) -> Vec<Format> {
+    let rounded = [Quantization::Int8, Quantization::Int4].map(Format::Rounded);
+    let blocks = [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4_1].map(Format::Blocks);
+    rounded.into_iter().chain(blocks).collect()
+}
+
+impl Format {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Rounded(quantization) => quantization.name(),
+            Self::Blocks(block_type) => block_type.name(),
+        }
+    }
+
+    fn allowed(&self) -> f32 {
+        2e-2
+    }
+
+    /// A weight on the device, and the numbers that its codes stand for.
+    fn make(
+        &self,
+        rows: usize,
+        cols: usize,
+        random: &mut Random,
+        device: &Device,
+    ) -> Result<(Weight, Tensor)> {
+        let cpu = &Device::Cpu;
+        let (here, there) = match self {
+            Self::Rounded(quantization) => {
+                let matrix = [random.tensor(&[rows, cols], DType::F32)?];
+                (
+                    Weight::quantized(&matrix, *quantization, cpu)?,
+                    Weight::quantized(&matrix, *quantization, device)?,
+                )
+            }
+            Self::Blocks(block_type) => {
+                let parts = [blocks(*block_type, rows, cols, random)];
+                (Weight::from_blocks(&parts, cpu)?, Weight::from_blocks(&parts, device)?)
+            }
+        };
+        let all: Vec<u32> = (0..rows as u32).collect();
+        Ok((there, ops::embedding(&all, &here, DType::F32)?))
+    }
+}
+
+/// Blocks of random codes, scales near one hundredth and, where the type has them, minima.
+fn blocks(block_type: BlockType, rows: usize, cols: usize, random: &mut Random) -> QuantizedBlocks {
+    let halves = if block_type == BlockType::Q4_1 { 2 } else { 1 };
+    let mut bytes = Vec::with_capacity(rows * cols / BlockType::BLOCK_SIZE * block_type.block_bytes());
+    for _ in 0..rows * cols / BlockType::BLOCK_SIZE {
+        for half in 0..halves {
+            let number = (random.below(100) as f32 + 1.0) * if half == 0 { 1e-4 } else { -1e-3 };
+            bytes.extend(half::f16::from_f32(number).to_le_bytes());
+        }
+        bytes.extend((2 * halves..block_type.block_bytes()).map(|_| random.next() as u8));
+    }
+    QuantizedBlocks { block_type, rows, cols, bytes }
+}
