@@ -1,7 +1,7 @@
 //! Dot products of bytes on every instruction set.
 //!
 //! Weights are unsigned codes, sixteen rows by four columns to 64 bytes; activations are signed codes, four columns to
-//! an `i32`. All sums are whole numbers in `i32` lanes: they are exact, so every instruction set gives the same bits
+//! an `i32`. (Where only signed bytes can be multiplied, codes are moved by 128 as they are loaded.) All sums are whole numbers in `i32` lanes: they are exact, so every instruction set gives the same bits
 //! and no order of summation matters. All methods are unsafe for the reason given in [`super::simd`].
 
 use super::simd::{LANES, Simd};
@@ -23,10 +23,12 @@ pub(super) trait Dot<S: Simd> {
 
     /// How many sums a kernel may keep in registers beside as many float vectors.
     const ACCUMULATORS: usize;
+    /// What byte codes count from once they are loaded; half bytes always count from zero.
+    const BYTES_FROM: i32 = 0;
 
     /// Every row's sum is `first`.
     unsafe fn start(first: i32) -> Self::Sums;
-    /// 64 unsigned bytes.
+    /// 64 unsigned bytes, less [`Self::BYTES_FROM`].
     unsafe fn load(p: *const u8) -> Self::Codes;
     /// 128 unsigned half bytes: those in the low halves, then those in the high halves.
     unsafe fn load_halves(p: *const u8) -> (Self::Codes, Self::Codes);

@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// The matrix unit of AMX for bf16 weights (activations are then rounded to bf16, too), all else as `Avx512Vnni`.
+    /// The matrix unit of AMX: for bf16 weights (activations are then rounded to bf16, too), for whole-number weights with
+    /// many rows, for attention over caches of bf16 and bytes (queries are then rounded). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Amx,
     /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
@@ -17,7 +18,13 @@ pub enum Isa {
     /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// What every processor of the target has (on aarch64 that includes NEON).
+    /// NEON and the byte dot products of ARMv8.2.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
+    /// NEON, which every 64-bit ARM processor has.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// What the compiler makes of plain loops.
     Portable,
 }
 
@@ -48,6 +55,13 @@ impl Isa {
                 sets.push(Self::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                sets.push(Self::NeonDot);
+            }
+            sets.push(Self::Neon);
+        }
         sets.push(Self::Portable);
         sets
     }
@@ -58,7 +72,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx => {
-                "bf16 weights on the matrix unit, int8 and int4 with byte dot products, the rest in vectors"
+                "bf16 weights, attention over bf16 and int8 caches, and int8 and int4 weights with many rows on the \
+                 matrix unit; few rows with byte dot products, the rest in vectors"
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
@@ -68,6 +83,12 @@ impl Isa {
             Self::Avx512 => "vectors of 512 bits; int8 and int4 weights save memory rather than time",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "vectors of 256 bits; int8 and int4 weights save memory rather than time",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => {
+                "vectors of 128 bits, f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products"
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "vectors of 128 bits; int8 and int4 weights save memory rather than time",
             Self::Portable => "what the compiler makes of plain loops: everything works, slowly on x86-64",
         }
     }
@@ -84,6 +105,10 @@ impl Isa {
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => "neon-dot",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
             Self::Portable => "portable",
         }
     }

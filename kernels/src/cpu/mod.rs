@@ -23,6 +23,8 @@ mod kv;
 mod layer_norm;
 mod matrix;
 mod memory;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pool;
 pub mod probe;
 mod quant;
@@ -134,6 +136,12 @@ macro_rules! dispatch {
             // SAFETY: the features of `Avx2` are enabled on this function.
             unsafe { $func::<$crate::cpu::simd::Avx2>($($name),*) }
         }
+        #[cfg(target_arch = "aarch64")]
+        #[target_feature(enable = "neon")]
+        unsafe fn neon($($name: $ty),*) -> $ret {
+            // SAFETY: the features of `Neon` are enabled on this function.
+            unsafe { $func::<$crate::cpu::neon::Neon>($($name),*) }
+        }
         match $crate::cpu::isa() {
             // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
@@ -143,6 +151,9 @@ macro_rules! dispatch {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            $crate::cpu::Isa::Neon | $crate::cpu::Isa::NeonDot => unsafe { neon($($arg),*) },
             // SAFETY: `Portable` needs no features.
             $crate::cpu::Isa::Portable => unsafe { $func::<$crate::cpu::simd::Portable>($($arg),*) },
         }
@@ -181,6 +192,16 @@ macro_rules! dispatch_dot {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: dot products were detected.
+            #[cfg(target_arch = "aarch64")]
+            $crate::cpu::Isa::NeonDot => unsafe {
+                $func::<$crate::cpu::neon::Neon, $crate::cpu::neon::NeonDot>($($arg),*)
+            },
+            // SAFETY: every processor of the target has NEON.
+            #[cfg(target_arch = "aarch64")]
+            $crate::cpu::Isa::Neon => unsafe {
+                $func::<$crate::cpu::neon::Neon, $crate::cpu::neon::NeonPairs>($($arg),*)
+            },
             // SAFETY: `Portable` and `PortableDot` need no features.
             $crate::cpu::Isa::Portable => unsafe {
                 $func::<$crate::cpu::simd::Portable, $crate::cpu::dot::PortableDot>($($arg),*)

@@ -9,6 +9,8 @@
 use super::dot::{Dot, STEP_BYTES};
 use super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, amx::bytes, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool};
 
 /// Panels that one group of accumulators spans at most.
@@ -26,15 +28,36 @@ pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut
     if y.is_empty() {
         return;
     }
-    let x = RoundedRows::new(x, w);
+    #[cfg(target_arch = "x86_64")]
+    let tiled = if isa() == Isa::Amx { bytes::tiled_rows(x.num_rows, w) } else { 0 };
+    #[cfg(not(target_arch = "x86_64"))]
+    let tiled = 0;
+    product(x, w, bias, y, tiled);
+}
+
+/// As [`matmul`], the first `tiled` rows on byte tiles.
+pub(super) fn product(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut Unwritten, tiled: usize) {
+    let x = RoundedRows::new(x, w, tiled > 0);
+    #[cfg(target_arch = "x86_64")]
+    let tiled_rows =
+        (tiled > 0).then(|| bytes::TiledRows::new(tiled, &x.codes, &x.scales, &x.totals, &x.largest, w));
     let num_panels = w.num_panels();
     // Enough pieces for all threads to end together, each long enough to be worth claiming.
     let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool::num_threads()).max(1);
     let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP / 2);
-    let job = Job { x: &x, w, bias, y: OutPtr::new(y) };
+    let job = Job { x: &x, first_row: tiled, w, bias, y: OutPtr::new(y) };
     pool::run(num_panels.div_ceil(per_piece), |piece| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
         let job = &job;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(x) = &tiled_rows {
+            let job = bytes::Job { x, w, bias, y: job.y };
+            // SAFETY: rows are for tiles only where these may be used; the columns of these panels are this piece's.
+            unsafe { bytes::panels_of(&job, panels.clone()) };
+        }
+        if job.first_row == job.x.num_rows {
+            return;
+        }
         dispatch_dot!(panels_of(job, panels), [job: &Job<'_>, panels: std::ops::Range<usize>]);
     });
 }
@@ -42,7 +65,7 @@ pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut
 /// Activations as signed bytes.
 struct RoundedRows {
     num_rows: usize,
-    /// `[num_rows][depth]`
+    /// `[num_rows][depth]`, for tiles padded to whole ones.
     codes: Vec<i8>,
     /// `[num_rows][groups]`
     scales: Vec<f32>,
@@ -55,9 +78,13 @@ struct RoundedRows {
 }
 
 impl RoundedRows {
-    fn new(x: Rows<'_>, w: &QuantMatrix) -> Self {
+    fn new(x: Rows<'_>, w: &QuantMatrix, tiles: bool) -> Self {
         let (num_rows, groups) = (x.num_rows, w.num_groups());
-        let mut codes = vec![0_i8; num_rows * w.depth];
+        #[cfg(target_arch = "x86_64")]
+        let padded = if tiles { num_rows.next_multiple_of(LANES) * w.depth + bytes::SLACK } else { 0 };
+        #[cfg(not(target_arch = "x86_64"))]
+        let padded = usize::from(tiles);
+        let mut codes = vec![0_i8; padded.max(num_rows * w.depth)];
         let mut scales = vec![0.0_f32; num_rows * groups];
         let mut starts = vec![0_i32; num_rows * groups];
         let mut totals = vec![0.0_f32; if w.mins.is_some() { num_rows * groups } else { 0 }];
@@ -215,6 +242,8 @@ unsafe fn round_kernel<S: Simd>(
 
 struct Job<'a> {
     x: &'a RoundedRows,
+    /// Rows before this one are somebody else's.
+    first_row: usize,
     w: &'a QuantMatrix,
     bias: Option<&'a [f32]>,
     y: OutPtr<f32>,
@@ -270,7 +299,7 @@ impl Codes for Halves {
 /// As [`panels_of`]; `C` is the width of the codes.
 #[inline(always)]
 unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::ops::Range<usize>) {
-    let num_rows = job.x.num_rows;
+    let num_rows = job.x.num_rows - job.first_row;
     let num_blocks = num_rows.div_ceil((D::ACCUMULATORS / 2).max(1));
     let most_rows = num_rows.div_ceil(num_blocks);
     let count = (D::ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
@@ -282,7 +311,7 @@ unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::op
         for block in 0..num_blocks {
             // Blocks of nearly equal size: a last block of one row would waste a pass over the weights.
             let rows = (num_rows - first).div_ceil(num_blocks - block);
-            let tile = Tile { job, first, panel };
+            let tile = Tile { job, first: job.first_row + first, panel };
             // SAFETY: rows and panels are those of the job.
             unsafe { tile.run::<S, D, C>(rows, count) };
             first += rows;
@@ -358,7 +387,7 @@ impl Tile<'_> {
     /// `M` rows by `N` panels: whole-number sums of a group and f32 sums of the groups, all in registers.
     #[inline(always)]
     unsafe fn kernel<S: Simd, D: Dot<S>, C: Codes, const M: usize, const N: usize>(&self) {
-        let Job { x, w, bias, y } = *self.job;
+        let Job { x, w, bias, y, .. } = *self.job;
         let (groups, depth) = (w.num_groups(), w.depth);
         let panel_bytes = w.width.panel_bytes(depth);
         let codes = w.codes[self.panel * panel_bytes..][..N * panel_bytes].as_ptr();
@@ -368,14 +397,19 @@ impl Tile<'_> {
         let x_codes = x.codes[self.first * depth..][..M * depth].as_ptr();
         let x_scales = &x.scales[self.first * groups..][..M * groups];
         let x_starts = &x.starts[self.first * groups..][..M * groups];
+        let from = if C::STEP > STEP_BYTES { D::BYTES_FROM } else { 0 };
+        assert!(from == 0 || from == w.zero, "bytes count from 128");
         // SAFETY: all reads lie in the slices just cut; the stores stay in row `first + m`, columns of these panels.
         unsafe {
             let mut outputs = [[S::splat(0.0); N]; M];
             for group in 0..groups {
                 let begin = group * w.group;
                 let end = (begin + w.group).min(depth);
-                let mut sums: [[D::Sums; N]; M] =
-                    std::array::from_fn(|m| [D::start(*x_starts.as_ptr().add(m * groups + group)); N]);
+                let mut sums: [[D::Sums; N]; M] = std::array::from_fn(|m| {
+                    let start = *x_starts.as_ptr().add(m * groups + group);
+                    // Codes that count from their zero already need no start.
+                    [D::start(if from == 0 { start } else { 0 }); N]
+                });
                 let mut k = begin;
                 while k < end {
                     let quads: [(D::Quad, D::Quad); M] = std::array::from_fn(|m| {

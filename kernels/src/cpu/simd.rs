@@ -24,10 +24,16 @@ pub(super) trait Simd: Copy {
     unsafe fn store(p: *mut f32, v: Self::V);
     /// Widens sixteen bf16.
     unsafe fn load_bf16(p: *const u16) -> Self::V;
+    /// The nearest bf16, ties to even; NaN stays NaN. (Matrix units want it, which only x86-64 has.)
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    unsafe fn store_bf16(p: *mut u16, v: Self::V);
     /// Widens sixteen f16.
     unsafe fn load_f16(p: *const u16) -> Self::V;
     /// Widens sixteen signed bytes.
     unsafe fn load_i8(p: *const i8) -> Self::V;
+    /// The sixteen whole numbers as the nearest f32.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    unsafe fn load_i32(p: *const i32) -> Self::V;
     /// Widens sixteen pairs of bf16: all first halves, all second halves.
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V);
     /// `a * b + c`
@@ -139,6 +145,12 @@ impl Simd for Portable {
         raw.map(|x| f32::from_bits(u32::from(x) << 16))
     }
     #[inline(always)]
+    unsafe fn store_bf16(p: *mut u16, v: Self::V) {
+        let raw = v.map(|x| half::bf16::from_f32(x).to_bits());
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(raw) }
+    }
+    #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> Self::V {
         // SAFETY: sixteen elements, given by the caller.
         let raw = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
@@ -148,6 +160,11 @@ impl Simd for Portable {
     unsafe fn load_i8(p: *const i8) -> Self::V {
         // SAFETY: sixteen elements, given by the caller.
         unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_i32(p: *const i32) -> Self::V {
+        // SAFETY: sixteen elements, given by the caller.
+        unsafe { p.cast::<[i32; LANES]>().read_unaligned() }.map(|x| x as f32)
     }
     #[inline(always)]
     unsafe fn load_bf16_pair(p: *const u16) -> (Self::V, Self::V) {
@@ -258,12 +275,28 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn store_bf16(p: *mut u16, v: __m512) {
+            unsafe {
+                let bits = _mm512_castps_si512(v);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+                let raw = _mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(rounded, nan, quiet));
+                _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(raw));
+            }
+        }
+        #[inline(always)]
         unsafe fn load_f16(p: *const u16) -> __m512 {
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
         }
         #[inline(always)]
         unsafe fn load_i8(p: *const i8) -> __m512 {
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_i32(p: *const i32) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(p.cast())) }
         }
         #[inline(always)]
         unsafe fn load_bf16_pair(p: *const u16) -> (__m512, __m512) {
@@ -406,6 +439,22 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn store_bf16(p: *mut u16, v: Two) {
+            unsafe {
+                let half = |v| {
+                    let bits = _mm256_castps_si256(v);
+                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+                    _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+                };
+                // Packing works within halves of a register: put the quarters back in order.
+                let raw = _mm256_packus_epi32(half(v.0), half(v.1));
+                _mm256_storeu_si256(p.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(raw));
+            }
+        }
+        #[inline(always)]
         unsafe fn load_f16(p: *const u16) -> Two {
             unsafe {
                 (
@@ -420,6 +469,13 @@ mod x86 {
                 let bytes = _mm_loadu_si128(p.cast());
                 let half = |bytes| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
                 (half(bytes), half(_mm_unpackhi_epi64(bytes, bytes)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i32(p: *const i32) -> Two {
+            unsafe {
+                let half = |p: *const i32| _mm256_cvtepi32_ps(_mm256_loadu_si256(p.cast()));
+                (half(p), half(p.add(8)))
             }
         }
         #[inline(always)]
@@ -527,6 +583,35 @@ mod tests {
             unsafe { S::to_array(S::exp(S::load(xs.as_ptr()))) }
         }
         super::super::dispatch!(kernel(xs) -> [f32; LANES], [xs: [f32; LANES]])
+    }
+
+    fn to_bf16(xs: [f32; LANES]) -> [u16; LANES] {
+        unsafe fn kernel<S: Simd>(xs: [f32; LANES]) -> [u16; LANES] {
+            let mut out = [0; LANES];
+            // SAFETY: dispatched; both arrays have sixteen elements.
+            unsafe { S::store_bf16(out.as_mut_ptr(), S::load(xs.as_ptr())) };
+            out
+        }
+        super::super::dispatch!(kernel(xs) -> [u16; LANES], [xs: [f32; LANES]])
+    }
+
+    #[test]
+    fn bf16_is_the_nearest() {
+        let edges = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_7fff, 0x1_8000, 0x1_8001];
+        let numbers = [0.0_f32, 1.0, 3.0e-39, 1.17e-38, 255.0, f32::MAX, f32::INFINITY];
+        for number in numbers {
+            for edge in edges {
+                let bits = number.to_bits().wrapping_add(edge);
+                let xs = std::array::from_fn(|i| {
+                    let bits = bits.wrapping_add(i as u32);
+                    f32::from_bits(if i % 2 == 0 { bits } else { bits ^ 1 << 31 })
+                });
+                assert_eq!(to_bf16(xs), xs.map(|x| half::bf16::from_f32(x).to_bits()), "{xs:?}");
+            }
+        }
+        for nan in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)] {
+            assert!(to_bf16([nan; LANES]).iter().all(|x| half::bf16::from_bits(*x).is_nan()));
+        }
     }
 
     #[test]

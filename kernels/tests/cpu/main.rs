@@ -43,6 +43,13 @@ fn bits(x: &Tensor) -> Vec<u32> {
     values(x).into_iter().map(f32::to_bits).collect()
 }
 
+#[test]
+fn the_instruction_set_asked_for_is_used() {
+    if let Ok(wanted) = std::env::var("INGLE_ISA") {
+        assert_eq!(isa().name(), wanted, "this processor has {:?}", Isa::available());
+    }
+}
+
 /// Runs all other tests once for every lower instruction set that this processor has.
 #[test]
 fn every_instruction_set() {

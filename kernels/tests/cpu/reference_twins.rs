@@ -228,8 +228,10 @@ fn attention_equals_the_formula() {
                     let found = ops::paged_attention(&step.q, &step.fast, &step.meta, &params).unwrap();
                     let wanted = ops::paged_attention(&step.q, &step.plain, &step.meta, &params).unwrap();
                     let error = error(&found, &wanted);
+                    // The matrix unit reads queries and weights as bf16.
+                    let on_tiles = isa().name() == "amx" && matches!(dtype, KvDtype::Bf16 | KvDtype::Int8);
                     assert!(
-                        error < 3e-6,
+                        error < if on_tiles { 0.02 } else { 3e-6 },
                         "{heads}/{kv_heads} x {dim}, block {block_size}, {dtype:?}, {lens:?}: {error}"
                     );
                 }

@@ -172,19 +172,52 @@ unsafe fn execute(code: *const u8, registers: &[i64; 23], tiles: &mut Tiles) -> 
                 multiply(tiles, reg, rm, third);
                 Some(5)
             }
+            // tdpbssd
+            (0x5e, 3, true) => {
+                assert!(tiles.configured);
+                multiply_bytes(tiles, reg, rm, third);
+                Some(5)
+            }
             _ => None,
         }
     }
 }
 
-/// `tile[out] += tile[a] * tile[b]`, pairs of bf16.
-fn multiply(tiles: &mut Tiles, out: usize, a: usize, b: usize) {
+/// Rows and columns of `tile[out] += tile[a] * tile[b]`, and how many groups of four bytes each is summed over.
+fn shape(tiles: &Tiles, out: usize, a: usize, b: usize) -> (usize, usize, usize) {
     assert!(out != a && out != b && a != b, "the manual forbids equal operands");
     let (rows, columns) = (usize::from(tiles.rows[out]), usize::from(tiles.row_bytes[out]) / 4);
-    let pairs = usize::from(tiles.row_bytes[a]) / 4;
+    let depth = usize::from(tiles.row_bytes[a]) / 4;
     assert_eq!(usize::from(tiles.rows[a]), rows);
-    assert!(usize::from(tiles.rows[b]) >= pairs && usize::from(tiles.row_bytes[b]) / 4 == columns);
-    let number = |row: &[u8; 64], i: usize| half::bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32();
+    assert!(usize::from(tiles.rows[b]) == depth && usize::from(tiles.row_bytes[b]) / 4 == columns);
+    (rows, columns, depth)
+}
+
+/// `tile[out] += tile[a] * tile[b]`, fours of signed bytes.
+fn multiply_bytes(tiles: &mut Tiles, out: usize, a: usize, b: usize) {
+    let (rows, columns, fours) = shape(tiles, out, a, b);
+    for row in 0..rows {
+        for column in 0..columns {
+            let byte = |tile: usize, row: usize, i: usize| i32::from(tiles.data[tile][row][i].cast_signed());
+            let product = |i: usize| byte(a, row, i) * byte(b, i / 4, 4 * column + i % 4);
+            let sum: i32 = (0..4 * fours).map(product).sum();
+            let cell = &mut tiles.data[out][row][4 * column..][..4];
+            let before = i32::from_le_bytes([cell[0], cell[1], cell[2], cell[3]]);
+            cell.copy_from_slice(&before.wrapping_add(sum).to_le_bytes());
+        }
+    }
+}
+
+/// A number too small to be normal counts as zero, as an operand and as a result.
+fn flushed(x: f32) -> f32 {
+    if x.is_subnormal() { 0.0_f32.copysign(x) } else { x }
+}
+
+/// `tile[out] += tile[a] * tile[b]`, pairs of bf16.
+fn multiply(tiles: &mut Tiles, out: usize, a: usize, b: usize) {
+    let (rows, columns, pairs) = shape(tiles, out, a, b);
+    let number =
+        |row: &[u8; 64], i: usize| flushed(half::bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32());
     for row in 0..rows {
         for column in 0..columns {
             let mut sums = [0.0_f32; 2];
@@ -194,12 +227,13 @@ fn multiply(tiles: &mut Tiles, out: usize, a: usize, b: usize) {
                         number(&tiles.data[a][row], 2 * pair + i),
                         number(&tiles.data[b][pair], 2 * column + i),
                     );
-                    *sum = x.mul_add(y, *sum);
+                    *sum = flushed(x.mul_add(y, *sum));
                 }
             }
             let cell = &mut tiles.data[out][row][4 * column..][..4];
-            let before = f32::from_le_bytes([cell[0], cell[1], cell[2], cell[3]]);
-            cell.copy_from_slice(&(before + (sums[0] + sums[1])).to_le_bytes());
+            let before = flushed(f32::from_le_bytes([cell[0], cell[1], cell[2], cell[3]]));
+            let after = flushed(before + flushed(sums[0] + sums[1]));
+            cell.copy_from_slice(&after.to_le_bytes());
         }
     }
 }

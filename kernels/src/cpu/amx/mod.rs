@@ -1,4 +1,5 @@
-//! `x [m, k] * w [n, k]^T -> y [m, n]` on the matrix unit of AMX: bf16 by bf16, summed in f32.
+//! `x [m, k] * w [n, k]^T -> y [m, n]` on the matrix unit of AMX: bf16 by bf16, summed in f32. Whole-number weights are in
+//! [`bytes`].
 //!
 //! The packed panels of a bf16 weight are tiles as they lie: 32 columns of a panel are 16 rows of 64 bytes. Activations
 //! are rounded to bf16 and padded to whole tiles of sixteen rows, so that one tile shape serves every call. Each output
@@ -9,19 +10,21 @@
 
 use std::arch::asm;
 
-use super::matrix::{BF16_TILE_COLS as TILE_COLS, PackedMatrix};
-use super::simd::LANES;
-use super::{OutPtr, Rows, Unwritten, pool};
+pub(super) use super::matrix::BF16_TILE_COLS as TILE_COLS;
+use super::matrix::PackedMatrix;
+use super::simd::{LANES, Simd};
+use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 
+pub(super) mod bytes;
 #[cfg(test)]
 mod emulator;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// Rows of a tile.
-const TILE_ROWS: usize = 16;
+pub(super) const TILE_ROWS: usize = 16;
 /// Bytes of a tile.
-const TILE_BYTES: usize = 1024;
+pub(super) const TILE_BYTES: usize = 1024;
 /// Panels that are multiplied at once.
 const PANELS: usize = 2;
 
@@ -42,9 +45,10 @@ static CONFIG: TileConfig = {
     TileConfig(bytes)
 };
 
-/// Whether this processor and system have bf16 tiles and let this process use them, and one product comes out right.
+/// Whether this processor and system have tiles of bf16 and bytes and let this process use them, and one product of each
+/// comes out right.
 pub(super) fn is_available() -> bool {
-    has_tiles() && may_use_tiles() && first_product_is_right()
+    has_tiles() && may_use_tiles() && first_product_is_right() && bytes::first_product_is_right()
 }
 
 fn has_tiles() -> bool {
@@ -56,14 +60,14 @@ fn has_tiles() -> bool {
         unsafe { _xgetbv(0) }
     }
     const OSXSAVE: u32 = 1 << 27;
-    const AMX_BF16_AND_TILE: u32 = (1 << 22) | (1 << 24);
+    const BF16_TILE_AND_INT8: u32 = (1 << 22) | (1 << 24) | (1 << 25);
     const TILE_STATE: u64 = (1 << 17) | (1 << 18);
     if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
         return false;
     }
     // SAFETY: `OSXSAVE` says that the instruction may be used.
     let state = unsafe { enabled_state() };
-    __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE && state & TILE_STATE == TILE_STATE
+    __cpuid_count(7, 0).edx & BF16_TILE_AND_INT8 == BF16_TILE_AND_INT8 && state & TILE_STATE == TILE_STATE
 }
 
 /// Linux saves tile registers only for processes that have asked.
@@ -146,9 +150,8 @@ impl RoundedRows {
         let row = |idx: usize| {
             // SAFETY: one piece a row; rows do not overlap.
             let out = unsafe { out.slice(idx * depth, depth) };
-            for (out, x) in out.iter_mut().zip(x.row(idx)) {
-                *out = half::bf16::from_f32(*x).to_bits();
-            }
+            let x = x.row(idx);
+            dispatch!(round(x, out) -> (), [x: &[f32], out: &mut [u16]]);
         };
         if x.num_rows * depth < 1 << 15 {
             (0..x.num_rows).for_each(row);
@@ -156,6 +159,23 @@ impl RoundedRows {
             pool::run(x.num_rows, row);
         }
         Self { num_rows: x.num_rows, data }
+    }
+}
+
+/// Rounds `x` to bf16.
+///
+/// # Safety
+/// `out` is at least as long as `x`; the instruction set of `S`.
+#[inline(always)]
+unsafe fn round<S: Simd>(x: &[f32], out: &mut [u16]) {
+    let (vectors, rest) = x.as_chunks::<LANES>();
+    let (out, rest_out) = out.split_at_mut(vectors.len() * LANES);
+    for (x, out) in vectors.iter().zip(out.chunks_exact_mut(LANES)) {
+        // SAFETY: both have sixteen elements; the instruction set is given.
+        unsafe { S::store_bf16(out.as_mut_ptr(), S::load(x.as_ptr())) };
+    }
+    for (x, out) in rest.iter().zip(rest_out) {
+        *out = half::bf16::from_f32(*x).to_bits();
     }
 }
 
@@ -316,16 +336,23 @@ unsafe fn multiply_strided<const TWO: bool>(
 ///
 /// # Safety
 /// Tiles may be used.
-unsafe fn configure() {
+pub(super) unsafe fn configure() {
+    // SAFETY: given by the caller.
+    unsafe { load_config(&CONFIG) };
+}
+
+/// # Safety
+/// Tiles may be used.
+unsafe fn load_config(config: &'static TileConfig) {
     // SAFETY: the configuration is 64 bytes and static.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG.0, options(nostack, readonly)) };
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config.0, options(nostack, readonly)) };
 }
 
 /// Leaves the tiles empty: a thread in that state is switched without saving eight KiB.
 ///
 /// # Safety
 /// Tiles may be used.
-unsafe fn release() {
+pub(super) unsafe fn release() {
     // SAFETY: touches no memory.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }

@@ -7,6 +7,10 @@
 //! segments become pieces (split-KV). A row's result therefore does not depend on how many rows it is computed with, on
 //! where a prefill was cut, on which blocks hold the keys, or on how the work was shared.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod amx_tests;
 mod products;
 mod softmax;
 mod tiles;
@@ -19,6 +23,8 @@ use self::softmax::{Softmax, join, multiply, soften};
 use self::tiles::{Ahead, Bf16, Element, F16, F32, Gathered, Int8, Widened, in_place};
 use super::kv::{KvData, KvStore};
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 use crate::ops::{AttnParams, PagedMeta};
 
@@ -40,6 +46,22 @@ pub(crate) fn paged_attention(
     params: &AttnParams,
     y: &mut Unwritten,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    let matrix_unit = isa() == Isa::Amx;
+    #[cfg(not(target_arch = "x86_64"))]
+    let matrix_unit = false;
+    compute(q, store, meta, params, matrix_unit, y);
+}
+
+/// As [`paged_attention`]; `matrix_unit`: caches of bf16 and bytes on tiles, where these may be used.
+fn compute(
+    q: Rows<'_>,
+    store: &KvStore,
+    meta: &PagedMeta,
+    params: &AttnParams,
+    matrix_unit: bool,
+    y: &mut Unwritten,
+) {
     let num_heads = q.width / store.head_dim;
     let group = num_heads / store.num_kv_heads;
     assert!(q.width == num_heads * store.head_dim && num_heads == group * store.num_kv_heads, "heads");
@@ -54,7 +76,7 @@ pub(crate) fn paged_attention(
             }
         }
     }
-    let job = Job { q, store, meta, params, group, y: OutPtr::new(y) };
+    let job = Job { q, store, meta, params, group, matrix_unit, y: OutPtr::new(y) };
     if pieces.len() < PIECES_PER_THREAD * pool::num_threads() {
         return attend_split(&job, &pieces);
     }
@@ -111,6 +133,9 @@ struct Job<'a> {
     meta: &'a PagedMeta,
     params: &'a AttnParams,
     group: usize,
+    /// Only x86-64 has one.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    matrix_unit: bool,
     y: OutPtr<f32>,
 }
 
@@ -135,8 +160,9 @@ impl Job<'_> {
 
     /// Writes the rows of `piece`.
     fn write(&self, piece: Piece, result: &Softmax) {
-        let (dim, padded) = (self.store.head_dim, self.store.padded_dim);
-        for (row, sum) in result.row_sum.iter().enumerate() {
+        let (dim, padded) = (self.store.head_dim, result.padded());
+        let num_rows = (piece.end - piece.first) * self.group;
+        for (row, sum) in result.row_sum.iter().enumerate().take(num_rows) {
             let token = piece.first + row / self.group;
             let head = piece.kv_head * self.group + row % self.group;
             // SAFETY: this token's part of this head is written for this piece alone.
@@ -153,7 +179,7 @@ impl Job<'_> {
 fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
     // A function for each type: all in one would be too large for the compiler to inline what it is made of.
     macro_rules! of {
-        ($element:ident, $raw:ty, $kv:expr, $scales:expr) => {{
+        ($attend:path, $element:ty, $raw:ty, $kv:expr, $scales:expr) => {{
             type Buffers<'a> = (&'a [$raw], &'a [$raw]);
             type Scales<'a> = Option<(&'a [f32], &'a [f32])>;
             #[inline(always)]
@@ -165,7 +191,10 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
                 scales: Scales<'_>,
             ) -> Softmax {
                 // SAFETY: the element type matches the buffers; the rest is given by the caller.
-                unsafe { attend_typed::<S, $element>(job, piece, keys, kv, scales) }
+                unsafe {
+                    use $attend as attend;
+                    attend::<S, $element>(job, piece, keys, kv, scales)
+                }
             }
             dispatch!(
                 typed(job, piece, keys, $kv, $scales) -> Softmax,
@@ -174,10 +203,18 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
         }};
     }
     match &job.store.data {
-        KvData::F32 { k, v } => of!(F32, f32, (k, v), None),
-        KvData::Bf16 { k, v } => of!(Bf16, u16, (k, v), None),
-        KvData::F16 { k, v } => of!(F16, u16, (k, v), None),
-        KvData::Int8 { k, v, k_scales, v_scales } => of!(Int8, i8, (k, v), Some((k_scales, v_scales))),
+        #[cfg(target_arch = "x86_64")]
+        KvData::Bf16 { k, v } if job.matrix_unit => of!(amx::attend, amx::Bf16, u16, (k, v), None),
+        #[cfg(target_arch = "x86_64")]
+        KvData::Int8 { k, v, k_scales, v_scales } if job.matrix_unit => {
+            of!(amx::attend, amx::Int8, i8, (k, v), Some((k_scales, v_scales)))
+        }
+        KvData::F32 { k, v } => of!(attend_typed, F32, f32, (k, v), None),
+        KvData::Bf16 { k, v } => of!(attend_typed, Bf16, u16, (k, v), None),
+        KvData::F16 { k, v } => of!(attend_typed, F16, u16, (k, v), None),
+        KvData::Int8 { k, v, k_scales, v_scales } => {
+            of!(attend_typed, Int8, i8, (k, v), Some((k_scales, v_scales)))
+        }
     }
 }
 

@@ -10,7 +10,7 @@ pub(super) struct Softmax {
     pub(super) row_max: Vec<f32>,
     /// `[rows]`: the sum of the weights; 0 if the row sees none of the keys.
     pub(super) row_sum: Vec<f32>,
-    /// `[rows][padded]`: the sum of the weighted values.
+    /// `[rows][padded features]`: the sum of the weighted values.
     pub(super) sums: Vec<f32>,
 }
 
@@ -21,6 +21,11 @@ impl Softmax {
             row_sum: vec![0.0; num_rows],
             sums: vec![0.0; num_rows * padded],
         }
+    }
+
+    /// Features of a row of sums.
+    pub(super) fn padded(&self) -> usize {
+        self.sums.len() / self.row_max.len().max(1)
     }
 
     pub(super) fn clear(&mut self) {
@@ -36,8 +41,7 @@ impl Softmax {
 /// The instruction set of `S`.
 #[inline(always)]
 pub(super) unsafe fn join<S: Simd>(total: &mut Softmax, part: &Softmax) {
-    let num_rows = total.row_max.len();
-    let padded = total.sums.len() / num_rows.max(1);
+    let (num_rows, padded) = (total.row_max.len(), total.padded());
     for row in 0..num_rows {
         let (part_sums, sums) =
             (&part.sums[row * padded..][..padded], &mut total.sums[row * padded..][..padded]);

@@ -1,0 +1,224 @@
+//! Attention on tiles against the formula and against itself in other chunks, on the matrix unit where there is one and
+//! emulated elsewhere.
+
+use super::super::amx::tests::{bits, numbers, use_tiles};
+use super::super::{KvStore, Rows, written};
+use super::compute;
+use crate::KvDtype;
+use crate::ops::{AttnParams, PagedMeta};
+
+struct Shape {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    block_size: usize,
+    dtype: KvDtype,
+}
+
+/// A step over a full cache whose blocks lie in another order than the sequences have them.
+struct Step {
+    shape: Shape,
+    meta: PagedMeta,
+    q: Vec<f32>,
+    /// `[slot][kv head][dim]`, as the cache keeps them.
+    k: Vec<f32>,
+    v: Vec<f32>,
+    store: KvStore,
+}
+
+/// What a cache keeps of the heads of a token.
+fn rounded(x: &[f32], shape: &Shape) -> Vec<f32> {
+    match shape.dtype {
+        KvDtype::Bf16 => x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect(),
+        _ => {
+            let round = |head: &[f32]| {
+                let largest = head.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+                let round = move |x: &f32| (x * (127.0 / largest)).round_ties_even() * (largest / 127.0);
+                head.iter().map(round).collect::<Vec<_>>()
+            };
+            x.chunks_exact(shape.dim).flat_map(round).collect()
+        }
+    }
+}
+
+impl Step {
+    /// `lens`: for each sequence how many tokens are cached before this step and how many it brings.
+    fn new(shape: Shape, lens: &[(usize, usize)]) -> Self {
+        let Shape { heads, kv_heads, dim, block_size, dtype } = shape;
+        let needed: usize = lens.iter().map(|(past, new)| (past + new).div_ceil(block_size)).sum();
+        let num_blocks = needed + 2;
+        // An odd step visits all blocks of a count that is a power of two, in no order.
+        let order = num_blocks.next_power_of_two();
+        let mut blocks = (0..order).map(|i| (i * 5 + 3) % order).filter(|block| *block < num_blocks);
+        let num_slots = num_blocks * block_size;
+        let width = kv_heads * dim;
+        let (k, v) = (numbers(21, num_slots * width), numbers(22, num_slots * width));
+        let mut store = KvStore::new(num_slots, kv_heads, dim, dtype).expect("fits");
+        let slots: Vec<u32> = (0..num_slots as u32).collect();
+        let rows = |x| Rows::new(x, num_slots, width, width).expect("a matrix");
+        store.store(rows(&k), rows(&v), &slots);
+        let mut meta =
+            PagedMeta { block_size, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
+        for &(past, new) in lens {
+            let count = (past + new).div_ceil(block_size);
+            meta.block_tables.extend(blocks.by_ref().take(count).map(|block| block as u32));
+            meta.cu_blocks.push(meta.block_tables.len() as u32);
+            meta.positions.extend(past as u32..(past + new) as u32);
+            meta.cu_seqlens_q.push(meta.positions.len() as u32);
+            meta.seq_lens.push((past + new) as u32);
+        }
+        // Scores of some 2: weights of all magnitudes.
+        let q = numbers(23, meta.num_tokens() * heads * dim).iter().map(|x| 4.0 * x).collect();
+        let (k, v) = (rounded(&k, &shape), rounded(&v, &shape));
+        Self { shape, meta, q, k, v, store }
+    }
+
+    fn attend(&self, tokens: std::ops::Range<usize>, meta: &PagedMeta, params: &AttnParams) -> Vec<f32> {
+        let width = self.shape.heads * self.shape.dim;
+        let q = &self.q[tokens.start * width..tokens.end * width];
+        let q = Rows::new(q, tokens.len(), width, width).expect("a matrix");
+        // SAFETY: attention writes all of its output.
+        let y = unsafe {
+            written(tokens.len() * width, |y| {
+                compute(q, &self.store, meta, params, true, y);
+                Ok::<(), ()>(())
+            })
+        };
+        y.expect("written")
+    }
+
+    /// The formula in f64 on what the cache keeps.
+    fn formula(&self, params: &AttnParams) -> Vec<f32> {
+        let Shape { heads, kv_heads, dim, .. } = self.shape;
+        let mut outputs = Vec::new();
+        for seq in 0..self.meta.num_seqs() {
+            for token in self.meta.cu_seqlens_q[seq] as usize..self.meta.cu_seqlens_q[seq + 1] as usize {
+                let at = self.meta.positions[token] as usize;
+                let from = params.sliding_window.map_or(0, |window| (at + 1).saturating_sub(window));
+                for head in 0..heads {
+                    let row = |x: &'_ [f32], slot: usize| {
+                        x[(slot * kv_heads + head / (heads / kv_heads)) * dim..][..dim].to_vec()
+                    };
+                    let q = &self.q[(token * heads + head) * dim..][..dim];
+                    let keys = from..=at;
+                    let scores: Vec<f64> = keys
+                        .clone()
+                        .map(|key| {
+                            let k = row(&self.k, self.meta.slot(seq, key));
+                            let dot: f64 = q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(k)).sum();
+                            let score = dot * f64::from(params.scale);
+                            params.softcap.map_or(score, |cap| {
+                                let cap = f64::from(cap);
+                                cap * (score / cap).tanh()
+                            })
+                        })
+                        .collect();
+                    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+                    let total: f64 = weights.iter().sum();
+                    let mut sums = vec![0.0_f64; dim];
+                    for (key, weight) in keys.zip(&weights) {
+                        for (sum, v) in sums.iter_mut().zip(row(&self.v, self.meta.slot(seq, key))) {
+                            *sum += weight * f64::from(v);
+                        }
+                    }
+                    outputs.extend(sums.iter().map(|sum| (sum / total) as f32));
+                }
+            }
+        }
+        outputs
+    }
+
+    /// The tokens `first..first + count` of sequence `seq` alone, as if they were its last.
+    fn alone(&self, seq: usize, first: usize, count: usize) -> (std::ops::Range<usize>, PagedMeta) {
+        let token = self.meta.cu_seqlens_q[seq] as usize + first;
+        let blocks = self.meta.cu_blocks[seq] as usize..self.meta.cu_blocks[seq + 1] as usize;
+        let table = &self.meta.block_tables[blocks];
+        let positions = self.meta.positions[token..token + count].to_vec();
+        let meta = PagedMeta {
+            seq_lens: vec![positions[count - 1] + 1],
+            positions,
+            slot_mapping: Vec::new(),
+            cu_seqlens_q: vec![0, count as u32],
+            block_tables: table.to_vec(),
+            cu_blocks: vec![0, table.len() as u32],
+            block_size: self.meta.block_size,
+        };
+        (token..token + count, meta)
+    }
+}
+
+fn params() -> [AttnParams; 3] {
+    let plain = AttnParams { scale: 0.3, sliding_window: None, softcap: None };
+    [
+        plain,
+        AttnParams { sliding_window: Some(37), ..plain },
+        AttnParams { sliding_window: Some(1), softcap: Some(3.0), ..plain },
+    ]
+}
+
+const LENS: &[(usize, usize)] = &[(0, 70), (63, 1), (64, 2), (100, 40), (0, 1), (300, 3)];
+
+#[test]
+fn attention_on_tiles_equals_the_formula() {
+    use_tiles();
+    for (heads, kv_heads, dim) in [(1, 1, 16), (9, 3, 64), (2, 2, 24), (4, 1, 128), (14, 2, 80), (2, 1, 5)] {
+        for (block_size, dtype) in
+            [(16, KvDtype::Bf16), (3, KvDtype::Bf16), (16, KvDtype::Int8), (24, KvDtype::Int8)]
+        {
+            let step = Step::new(Shape { heads, kv_heads, dim, block_size, dtype }, LENS);
+            for params in params() {
+                let found = step.attend(0..step.meta.num_tokens(), &step.meta, &params);
+                let wanted = step.formula(&params);
+                let (mut square, mut worst) = (0.0_f64, 0.0_f32);
+                for (found, wanted) in found.iter().zip(&wanted) {
+                    let off = (found - wanted).abs();
+                    assert!(off.is_finite());
+                    worst = worst.max(off);
+                    square += f64::from(off) * f64::from(off);
+                }
+                let mean = (square / found.len() as f64).sqrt();
+                let what = format!("{heads}/{kv_heads} x {dim}, block {block_size}, {dtype:?}, {params:?}");
+                println!("{what}: {worst} at most, {mean} in the mean");
+                // Values are in -1..1. Queries and weights are off by 2^-9 of themselves at most.
+                assert!(worst < 0.02 && mean < 0.002, "{what}: {worst} at most, {mean} in the mean");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiles_do_not_depend_on_batch_or_chunks() {
+    use_tiles();
+    for (dtype, block_size) in [(KvDtype::Bf16, 16), (KvDtype::Bf16, 3), (KvDtype::Int8, 16)] {
+        let step = Step::new(Shape { heads: 6, kv_heads: 2, dim: 40, block_size, dtype }, LENS);
+        for params in params() {
+            let together = step.attend(0..step.meta.num_tokens(), &step.meta, &params);
+            // One by one as in decoding, and in chunks of a prefill.
+            for size in [1, 7, 32] {
+                let mut parts = Vec::new();
+                for (seq, (_, new)) in LENS.iter().enumerate() {
+                    for first in (0..*new).step_by(size) {
+                        let (tokens, meta) = step.alone(seq, first, size.min(new - first));
+                        parts.extend(step.attend(tokens, &meta, &params));
+                    }
+                }
+                assert_eq!(bits(&parts), bits(&together), "{dtype:?}, {block_size}, {params:?}, by {size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_lies_behind_a_sequence_is_not_read() {
+    use_tiles();
+    let shape = Shape { heads: 2, kv_heads: 1, dim: 16, block_size: 16, dtype: KvDtype::Bf16 };
+    let mut step = Step::new(shape, &[(0, 20)]);
+    let [params, ..] = params();
+    let wanted = step.attend(0..20, &step.meta, &params);
+    let slots: Vec<u32> = (20..32).map(|key| step.meta.slot(0, key) as u32).collect();
+    let bad = vec![f32::NAN; slots.len() * 16];
+    let rows = Rows::new(&bad, slots.len(), 16, 16).expect("a matrix");
+    step.store.store(rows, rows, &slots);
+    assert_eq!(bits(&step.attend(0..20, &step.meta, &params)), bits(&wanted));
+}
