@@ -104,6 +104,12 @@ impl NcclRank {
         NcclAbort(self.handle.clone())
     }
 
+    /// Whether the exchange has been ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.handle.0.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
     /// The sum over all ranks of `x` (f32, bf16 or f16, of the same shape on all).
     ///
     /// # Errors
@@ -161,7 +167,9 @@ impl NcclRank {
             let (to, _writing) = target.device_ptr_mut(&stream);
             let (from, to) = (from as *const c_void, to as *mut c_void);
             let comm = self.handle.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let comm = comm.ok_or_else(|| argument("NcclRank", "the exchange between the GPUs has ended"))?;
+            // The name of the call that ended it: `Fault` knows it.
+            let ended = || argument("NcclRank", "ncclCommAbort has ended the exchange between the GPUs");
+            let comm = comm.ok_or_else(ended)?;
             let stream = stream.cu_stream() as sys::cudaStream_t;
             // SAFETY: both buffers are on this rank's device and hold that many elements; the communicator is alive, which the
             // lock keeps so until the call returns.

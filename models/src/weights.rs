@@ -208,6 +208,21 @@ impl TensorSource for FolderSource {
     fn load_part(&self, name: &str, dim: usize, ranges: &[Range<usize>]) -> Result<Tensor> {
         self.load_ranges(name, Some((dim, ranges)))
     }
+
+    fn load_on(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let dtype = self.dtype(name)?.unwrap_or(DType::F32);
+        let (shard, entry) = self.located(name)?;
+        let start = shard.data_start + entry.begin;
+        let read = |offset: u64, part: &mut [u8]| shard.file.read_exact_at(part, start + offset);
+        let tensor = gpu::read_tensor(device, dtype, &entry.shape, &read);
+        tensor.map_err(|error| match error {
+            // The device's own errors keep their text: what they mean is read from it.
+            ingle_kernels::Error::Candle(candle_core::Error::Io(source)) => {
+                Error::Io { path: shard.path.clone(), source }
+            }
+            other => other.into(),
+        })
+    }
 }
 
 impl FolderSource {
@@ -237,21 +252,6 @@ impl FolderSource {
             Some(DType::BF16) => Tensor::from_vec(read::<bf16>(shard, entry, &runs)?, shape, &Device::Cpu)?,
             Some(DType::F16) => Tensor::from_vec(read::<f16>(shard, entry, &runs)?, shape, &Device::Cpu)?,
             _ => Tensor::from_vec(read::<f32>(shard, entry, &runs)?, shape, &Device::Cpu)?,
-        })
-    }
-
-    fn load_on(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let dtype = self.dtype(name)?.unwrap_or(DType::F32);
-        let (shard, entry) = self.located(name)?;
-        let start = shard.data_start + entry.begin;
-        let read = |offset: u64, part: &mut [u8]| shard.file.read_exact_at(part, start + offset);
-        let tensor = gpu::read_tensor(device, dtype, &entry.shape, &read);
-        tensor.map_err(|error| match error {
-            // The device's own errors keep their text: what they mean is read from it.
-            ingle_kernels::Error::Candle(candle_core::Error::Io(source)) => {
-                Error::Io { path: shard.path.clone(), source }
-            }
-            other => other.into(),
         })
     }
 }

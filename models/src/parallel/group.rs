@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, DeviceLocation, Tensor};
+use ingle_kernels::gpu;
 
 use super::threads::ThreadCommunicator;
 use super::{Communicator, Place};
@@ -41,6 +42,8 @@ enum Reply {
 /// A model whose weights are divided over several ranks.
 pub(crate) struct TensorParallel {
     info: ModelInfo,
+    /// Of the first rank, whose logits are the answer.
+    device: Device,
     commands: Vec<Sender<Command>>,
     replies: Receiver<(usize, Reply)>,
     threads: Vec<JoinHandle<()>>,
@@ -59,13 +62,13 @@ pub(crate) fn load(path: &Path, options: &LoadOptions) -> Result<TensorParallel>
 fn device(path: &Path, first: &Device, rank: usize) -> Result<Device> {
     match first.location() {
         _ if rank == 0 => Ok(first.clone()),
-        candle_core::DeviceLocation::Cpu => Ok(Device::Cpu),
-        candle_core::DeviceLocation::Cuda { gpu_id } => {
+        DeviceLocation::Cpu => Ok(Device::Cpu),
+        DeviceLocation::Cuda { gpu_id } => {
             let gpu_id = gpu_id.saturating_add(rank);
-            Device::new_cuda_with_stream(gpu_id)
+            gpu::open_cuda(gpu_id)
                 .map_err(|error| invalid(path, format!("rank {rank} wants GPU {gpu_id}: {error}")))
         }
-        candle_core::DeviceLocation::Metal { .. } => {
+        DeviceLocation::Metal { .. } => {
             Err(invalid(path, "tensor parallelism is for CUDA and the CPU, not for Metal"))
         }
     }
@@ -99,6 +102,7 @@ impl TensorParallel {
         connections: Vec<Connect>,
     ) -> Result<Self> {
         let world_size = connections.len();
+        let first = devices.first().cloned().unwrap_or(Device::Cpu);
         let (reply, replies) = channel();
         let (mut commands, mut threads) = (Vec::new(), Vec::new());
         for (rank, (connect, device)) in connections.into_iter().zip(devices).enumerate() {
@@ -131,7 +135,7 @@ impl TensorParallel {
             // All in one memory; on GPUs each pays for its own from its own.
             info.kv_bytes_per_token = infos.iter().map(|info| info.kv_bytes_per_token).sum();
         }
-        Ok(Self { info, commands, replies, threads, step: AtomicU64::new(0) })
+        Ok(Self { info, device: first, commands, replies, threads, step: AtomicU64::new(0) })
     }
 
     /// Waits for all ranks that were asked. A failure of its own is worth more than one that another rank's failure caused.
@@ -193,6 +197,10 @@ impl CausalLm for TensorParallel {
         cache.put_ranks(caches.into_iter().map(|(_, cache)| cache).collect());
         let first = results?.into_iter().next();
         first.ok_or_else(ended)
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
     }
 
     fn info(&self) -> &ModelInfo {

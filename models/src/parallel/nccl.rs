@@ -7,7 +7,7 @@ use ingle_kernels::nccl::{NcclAbort, NcclId, NcclRank};
 
 use super::Communicator;
 use super::group::Connect;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One GPU of a group. A rank that fails ends the exchange of all: a GPU that waits for another cannot be told otherwise. Later
 /// steps are errors then.
@@ -29,12 +29,23 @@ pub(super) fn connections(world_size: usize) -> Result<Vec<Connect>> {
             let inner = NcclRank::join(id, rank, world_size, device)?;
             aborts.lock().unwrap_or_else(PoisonError::into_inner).push(inner.abort_handle());
             let communicator = NcclCommunicator { inner, rank, world_size, aborts };
-            // The first exchange makes the connections, for which ranks wait for each other on the host.
-            communicator.all_reduce_sum(&Tensor::zeros(1, DType::F32, device)?)?;
+            // The first exchanges make the connections, for which ranks wait for each other on the host.
+            let zero = Tensor::zeros(1, DType::F32, device)?;
+            communicator.all_reduce_sum(&zero)?;
+            communicator.all_gather(&zero)?;
             Ok(Box::new(communicator))
         })
     };
     Ok((0..world_size).map(connect).collect())
+}
+
+impl NcclCommunicator {
+    /// An error after the end of the exchange is the failure of whoever has ended it.
+    fn told_apart<T>(&self, result: ingle_kernels::Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            if self.inner.has_ended() { Error::Parallel(error.to_string()) } else { error.into() }
+        })
+    }
 }
 
 impl Communicator for NcclCommunicator {
@@ -47,11 +58,11 @@ impl Communicator for NcclCommunicator {
     }
 
     fn all_reduce_sum(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.inner.all_reduce_sum(x)?)
+        self.told_apart(self.inner.all_reduce_sum(x))
     }
 
     fn all_gather(&self, x: &Tensor) -> Result<Vec<Tensor>> {
-        Ok(self.inner.all_gather(x)?)
+        self.told_apart(self.inner.all_gather(x))
     }
 
     fn begin_step(&self, _: u64) {}
