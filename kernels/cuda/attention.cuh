@@ -7,7 +7,7 @@
 
 #include "device.cuh"
 
-// Mirrored by `Attention` in kernels/src/cuda/layouts.rs.
+// Mirrored by `AttentionArgs` in kernels/src/cuda/attention.rs.
 struct Attention {
     // [tokens, heads, head_dim], `q_stride` elements from token to token.
     const void* q;

@@ -49,18 +49,19 @@ template <class T, class KV, int DIM> __device__ __forceinline__ void attention_
         for (int t = 0; t < V_CHUNKS * 8; ++t) acc[t][0] = acc[t][1] = acc[t][2] = acc[t][3] = 0.0f;
         RowStats stats;
 
+        // Each lane looks up one of the warp's keys.
+        unsigned mine = part * SPLIT + warp * 32 + lane;
+        bool seen = mine >= first && mine < len;
+        long long row_of_mine = seen ? static_cast<long long>(key_row(p, seq, mine)) : -1;
         for (unsigned step = 0; step < 2; ++step) {
             unsigned base = part * SPLIT + warp * 32 + step * 16;
             if (base >= len || base + 16 <= first) continue;
-            unsigned mine = base + lane % 16;
-            bool seen = mine >= first && mine < len;
-            long long row_of_mine = seen ? static_cast<long long>(key_row(p, seq, mine)) : -1;
 
             // Keys base + g and 8 more, features 8c of each 32.
             Pack<uint32_t, 4> keys[2][K_CHUNKS];
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-                long long row = __shfl_sync(FULL_WARP, row_of_mine, t * 8 + g);
+                long long row = __shfl_sync(FULL_WARP, row_of_mine, step * 16 + t * 8 + g);
 #pragma unroll
                 for (int i = 0; i < K_CHUNKS; ++i) {
                     unsigned feature = i * 32 + c * 8;
@@ -73,7 +74,7 @@ template <class T, class KV, int DIM> __device__ __forceinline__ void attention_
             auto load_values = [&]() {
 #pragma unroll
                 for (int t = 0; t < 4; ++t) {
-                    long long row = __shfl_sync(FULL_WARP, row_of_mine, 2 * c + t % 2 + t / 2 * 8);
+                    long long row = __shfl_sync(FULL_WARP, row_of_mine, step * 16 + 2 * c + t % 2 + t / 2 * 8);
 #pragma unroll
                     for (int i = 0; i < V_CHUNKS; ++i) {
                         unsigned feature = i * 64 + g * 8;
@@ -159,8 +160,8 @@ template <class T, class KV, int DIM> __device__ __forceinline__ void attention_
                     for (int t = 0; t < V_CHUNKS * 8; ++t) {
 #pragma unroll
                         for (int i = 0; i < 2; ++i) {
-                            unsigned feature = t / 8 * 64 + (2 * c + i) * 8 + t % 8;
-                            float& to = sums[row * V_CHUNKS * 64 + feature];
+                            // Lanes side by side, each in a bank of its own.
+                            float& to = sums[((t * 2 + i) * ROWS + row) * 4 + c];
                             to = (turn == 0 ? 0.0f : to) + acc[t][2 * half + i] * weight;
                         }
                     }
@@ -171,7 +172,9 @@ template <class T, class KV, int DIM> __device__ __forceinline__ void attention_
         size_t slot = p.cu_parts[blockIdx.z] + part;
         for (unsigned i = threadIdx.x; i < rows * p.head_dim; i += WARPS * 32) {
             unsigned row = i / p.head_dim, feature = i % p.head_dim;
-            float max, sum, x = sums[row * V_CHUNKS * 64 + feature];
+            // Feature 64 t / 8 + 8 (2 c + i) + t % 8.
+            unsigned t = feature / 64 * 8 + feature % 8, eighth = feature % 64 / 8;
+            float max, sum, x = sums[((t * 2 + eighth % 2) * ROWS + row) * 4 + eighth / 2];
             joined(row, max, sum);
             if (parts - first_part == 1) {
                 T* out = static_cast<T*>(p.out) + (token * p.heads + first_head + row) * p.head_dim;

@@ -118,7 +118,7 @@ __device__ __forceinline__ void gather(const T* table, size_t stride, const unsi
 
 }  // namespace
 
-// Mirrored by `RotateStore` in kernels/src/cuda/layouts.rs.
+// Mirrored by `RotateStoreArgs` in kernels/src/cuda/elementwise.rs.
 struct RotateStore {
     // Rows of tokens, heads side by side; strides in elements.
     const void *q, *k, *v;
@@ -164,8 +164,8 @@ __device__ __forceinline__ void rotate_head(const T* from, To* to, const float* 
 
 // A warp a head of a token: first those of the queries, then of keys, then of values.
 template <class T, class KV> __device__ __forceinline__ void rotate_store(const RotateStore& p) {
-    unsigned token = blockIdx.y;
-    unsigned head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    unsigned token = blockIdx.x;
+    unsigned head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
     if (head >= p.heads + 2 * p.kv_heads) return;
     size_t row = p.positions != nullptr ? p.positions[token] : token;
     const float *cos = p.cos + row * p.half, *sin = p.sin + row * p.half;

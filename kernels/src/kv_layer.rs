@@ -23,6 +23,8 @@ pub enum KvDtype {
     F16,
     /// Signed bytes with an f32 scale for each token and head (on the CPU only).
     Int8,
+    /// Floats of 8 bits (e4m3: 3 of mantissa, at most 448), unscaled (on GPUs only).
+    Fp8,
 }
 
 impl KvDtype {
@@ -33,6 +35,7 @@ impl KvDtype {
             Self::F32 => 4 * head_dim,
             Self::Bf16 | Self::F16 => 2 * head_dim,
             Self::Int8 => head_dim + 4,
+            Self::Fp8 => head_dim,
         }
     }
 
@@ -44,6 +47,7 @@ impl KvDtype {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
             Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
         }
     }
 
@@ -58,11 +62,14 @@ impl KvDtype {
         }
     }
 
-    fn float(self) -> Option<DType> {
+    /// Of the elements of a portable cache.
+    fn element(self) -> Option<DType> {
         match self {
             Self::F32 => Some(DType::F32),
             Self::Bf16 => Some(DType::BF16),
             Self::F16 => Some(DType::F16),
+            // The bits of an fp8 number.
+            Self::Fp8 => Some(DType::U8),
             Self::Int8 => None,
         }
     }
@@ -109,7 +116,7 @@ impl KvLayer {
         check_sizes(num_slots, num_kv_heads, head_dim)?;
         let shape = (num_slots, num_kv_heads, head_dim);
         let dtype = dtype
-            .float()
+            .element()
             .ok_or_else(|| argument("KvLayer::new", "an int8 cache is for the CPU only".to_owned()))?;
         let (k, v) = (Tensor::zeros(shape, dtype, device)?, Tensor::zeros(shape, dtype, device)?);
         Ok(Self(KvStorage::Tensors { k, v }))

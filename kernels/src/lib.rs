@@ -4,6 +4,7 @@
 //!
 //! 1. [`mod@reference`]: the plain formula in candle ops. It runs on every candle device and is the oracle of the tests.
 //! 2. `cpu`: our own kernels, chosen at run time by what the processor can do.
+//! 3. `cuda`, with the feature of that name: our own kernels for NVIDIA GPUs.
 //!
 //! Arguments are checked here, once for all implementations.
 //!
@@ -12,7 +13,10 @@
 
 pub mod check;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
+mod fp8;
 pub mod gpu;
 mod kv_layer;
 #[cfg(feature = "nccl")]
@@ -22,7 +26,9 @@ pub mod reference;
 mod weight;
 
 pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
+#[cfg(feature = "cuda")]
+pub use cuda::graph::{StepGraph, StepLimits};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
-pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, SelfAttnParams};
+pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, RotateParams, SelfAttnParams};
 pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};

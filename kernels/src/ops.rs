@@ -54,8 +54,9 @@ impl PagedMeta {
         block * self.block_size + pos % self.block_size
     }
 
-    /// Checks that the parts agree with each other and with a cache of `num_slots`.
-    fn check(&self, num_slots: usize) -> Result<()> {
+    /// Checks that the parts agree with each other and with a cache of `num_slots`. On a GPU a batch may be `padded` with
+    /// sequences of one query and no keys.
+    fn check(&self, num_slots: usize, padded: bool) -> Result<()> {
         let wrong = |what: &str| Err(argument("PagedMeta", what.to_string()));
         let (seqs, tokens) = (self.num_seqs(), self.num_tokens());
         if self.block_size == 0 || self.cu_seqlens_q.len() != seqs + 1 || self.cu_blocks.len() != seqs + 1 {
@@ -70,7 +71,9 @@ impl PagedMeta {
         for seq in 0..seqs {
             let (q, blocks) = (&self.cu_seqlens_q[seq..=seq + 1], &self.cu_blocks[seq..=seq + 1]);
             let len = self.seq_lens[seq] as usize;
-            if q[0] > q[1] || blocks[0] > blocks[1] || ((q[1] - q[0]) as usize) > len {
+            let queries = q[1].saturating_sub(q[0]) as usize;
+            let padding = padded && queries == 1 && len == 0;
+            if q[0] > q[1] || blocks[0] > blocks[1] || (queries > len && !padding) {
                 return wrong("a sequence has more queries than tokens");
             }
             if ((blocks[1] - blocks[0]) as usize) < len.div_ceil(self.block_size) {
@@ -108,13 +111,16 @@ pub enum Activation {
     Relu,
 }
 
-/// Cosines and sines of the rotary embedding for the tokens of one step, shared by all layers with the same rotation.
+/// Cosines and sines of the rotary embedding, shared by all layers with the same rotation.
 #[derive(Debug, Clone)]
 pub struct RopeTables {
-    /// `[num_tokens, rotary_dim / 2]` f32
+    /// `[rows, rotary_dim / 2]` f32
     pub cos: Tensor,
-    /// `[num_tokens, rotary_dim / 2]` f32
+    /// `[rows, rotary_dim / 2]` f32
     pub sin: Tensor,
+    /// Whether the rows are those of positions from 0 on rather than of the tokens of one step: tables that are made once
+    /// and stay on a GPU. Only [`rotate_store`] reads them.
+    pub by_position: bool,
 }
 
 impl RopeTables {
@@ -134,7 +140,15 @@ impl RopeTables {
             }
         }
         let shape = (positions.len(), inv_freq.len());
-        Ok(Self { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+        let (cos, sin) = (Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?);
+        Ok(Self { cos, sin, by_position: false })
+    }
+
+    /// Those of the tokens of a step out of tables of all positions.
+    fn of_tokens(&self, positions: &[u32]) -> Result<Self> {
+        let rows = Tensor::new(positions, self.cos.device())?;
+        let (cos, sin) = (self.cos.index_select(&rows, 0)?, self.sin.index_select(&rows, 0)?);
+        Ok(Self { cos, sin, by_position: false })
     }
 }
 
@@ -173,6 +187,12 @@ pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
         return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
     }
+    #[cfg(feature = "cuda")]
+    if let WeightStorage::Dense(table) = weight.storage()
+        && let Some(rows) = crate::cuda::elementwise::embedding(ids, table)?
+    {
+        return Ok(rows.to_dtype(dtype)?);
+    }
     if let WeightStorage::Dense(_) = weight.storage() {
         return reference::embedding(ids, weight, dtype);
     }
@@ -198,11 +218,38 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     if weight.dims() != [width] {
         return Err(argument("rms_norm", format!("{:?} by a weight of {:?}", x.dims(), weight.dims())));
     }
+    #[cfg(feature = "cuda")]
+    if let Some((_, normed)) = crate::cuda::elementwise::rms_norm(x, None, weight, eps)? {
+        return Ok(normed);
+    }
     if !on_cpu_f32(x) {
         return reference::rms_norm(x, weight, eps);
     }
     let (view, weight) = (View::new(x, width)?, View::new(weight, width)?);
     fill(x.dims(), |y| view.read(|x| weight.read(|weight| cpu::rms_norm(x, weight.row(0), eps, y)))?)
+}
+
+/// `a + scale * b` and its [`rms_norm`]: a residual connection and the norm that follows it, in one kernel where there is
+/// one.
+///
+/// # Errors
+/// As [`add`] and [`rms_norm`].
+pub fn add_rms_norm(
+    (a, b): (&Tensor, &Tensor),
+    scale: f64,
+    weight: &Tensor,
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if a.dims() == b.dims() && a.dtype() == b.dtype() && weight.dims() == [a.dim(D::Minus1)?] {
+        let fused = crate::cuda::elementwise::rms_norm(a, Some((b, scale as f32)), weight, eps)?;
+        if let Some((Some(sum), normed)) = fused {
+            return Ok((sum, normed));
+        }
+    }
+    let sum = if scale == 1.0 { add(a, b)? } else { add(a, &(b * scale)?)? };
+    let normed = rms_norm(&sum, weight, eps)?;
+    Ok((sum, normed))
 }
 
 /// `a + b` for two activations of the same shape `[num_tokens, features]` (the residual connection).
@@ -230,8 +277,15 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
     let (tokens, heads, dim) = x.dims3()?;
     let (rows, half) = tables.cos.dims2()?;
-    if rows != tokens || 2 * half > dim || tables.sin.dims() != tables.cos.dims() {
+    if rows != tokens || 2 * half > dim || tables.sin.dims() != tables.cos.dims() || tables.by_position {
         return Err(argument("rope", format!("tables [{rows}, {half}] for {tokens} tokens of width {dim}")));
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let params = RotateParams { norms: None, eps: 0.0, tables: Some(tables) };
+        if let Some(rotated) = crate::cuda::elementwise::rotate_store(x, None, None, &params, None)? {
+            return Ok(rotated);
+        }
     }
     if !on_cpu_f32(x) {
         return reference::rope(x, tables);
@@ -254,14 +308,116 @@ pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -
             format!("keys {:?}, heads of the cache [{cache_heads}, {cache_dim}]", k.dims()),
         ));
     }
-    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot as usize >= slots) {
+    // Padding of a batch on a GPU is stored nowhere.
+    let stored = |slot: &u32| (*slot as usize) < slots || (*slot == u32::MAX && k.device().is_cuda());
+    if let Some(slot) = meta.slot_mapping.iter().find(|slot| !stored(slot)) {
         return Err(argument("store_kv", format!("slot {slot} of {slots}")));
     }
     let KvStorage::Cpu(store) = &mut layer.0 else {
+        #[cfg(feature = "cuda")]
+        crate::cuda::step::refuse_while_recording("store_kv")?;
         return reference::store_kv(layer, k, v, meta);
     };
     let (k, v) = (View::new(k, heads * dim)?, View::new(v, heads * dim)?);
     k.read(|k| v.read(|v| store.store(k, v, &meta.slot_mapping)))?
+}
+
+/// What happens to queries and keys before they meet.
+#[derive(Debug, Clone, Copy)]
+pub struct RotateParams<'a> {
+    /// RMSNorm of each head of queries and of keys, `[head_dim]`.
+    pub norms: Option<(&'a Tensor, &'a Tensor)>,
+    /// Of the norms.
+    pub eps: f32,
+    /// The rotation; `None`: positions are not encoded.
+    pub tables: Option<&'a RopeTables>,
+}
+
+/// Norms and rotates the heads of `q` and `k` `[num_tokens, heads, head_dim]`, stores keys and values as [`store_kv`] does,
+/// and returns the queries; one kernel where there is one.
+///
+/// # Errors
+/// As [`rms_norm`], [`rope`] and [`store_kv`].
+pub fn rotate_store(
+    q: &Tensor,
+    (k, v): (&Tensor, &Tensor),
+    layer: &mut KvLayer,
+    meta: &PagedMeta,
+    params: &RotateParams<'_>,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda()
+        && let Some(q) = fused_rotate_store(q, (k, v), layer, meta, params)?
+    {
+        return Ok(q);
+    }
+    let (mut q, mut k) = (q.clone(), k.clone());
+    if let Some((q_norm, k_norm)) = params.norms {
+        q = rms_norm_heads(&q, q_norm, params.eps)?;
+        k = rms_norm_heads(&k, k_norm, params.eps)?;
+    }
+    if let Some(tables) = params.tables {
+        let of_tokens = tables.by_position.then(|| tables.of_tokens(&meta.positions)).transpose()?;
+        let tables = of_tokens.as_ref().unwrap_or(tables);
+        q = rope(&q, tables)?;
+        k = rope(&k, tables)?;
+    }
+    store_kv(layer, &k, v, meta)?;
+    Ok(q)
+}
+
+fn rms_norm_heads(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    let (tokens, heads, dim) = x.dims3()?;
+    Ok(rms_norm(&x.reshape((tokens * heads, dim))?, weight, eps)?.reshape((tokens, heads, dim))?)
+}
+
+/// [`rotate_store`] by one kernel; `None` where there is none for the types.
+#[cfg(feature = "cuda")]
+fn fused_rotate_store(
+    q: &Tensor,
+    (k, v): (&Tensor, &Tensor),
+    layer: &KvLayer,
+    meta: &PagedMeta,
+    params: &RotateParams<'_>,
+) -> Result<Option<Tensor>> {
+    let (tokens, _, dim) = q.dims3()?;
+    let (slots, kv_heads, cache_dim) = layer.dims()?;
+    let wrong = |what: String| Err(argument("rotate_store", what));
+    if k.dims() != [tokens, kv_heads, dim] || v.dims() != k.dims() || cache_dim != dim {
+        return wrong(format!(
+            "{:?}, {:?} and {:?} for {kv_heads} heads of {cache_dim}",
+            q.dims(),
+            k.dims(),
+            v.dims()
+        ));
+    }
+    if meta.slot_mapping.len() != tokens || meta.positions.len() != tokens {
+        return wrong(format!("{} slots for {tokens} tokens", meta.slot_mapping.len()));
+    }
+    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot as usize >= slots && **slot != u32::MAX) {
+        return wrong(format!("slot {slot} of {slots}"));
+    }
+    if let Some((q_norm, k_norm)) = params.norms
+        && [q_norm, k_norm].iter().any(|norm| norm.dims() != [dim] || norm.dtype() != DType::F32)
+    {
+        return wrong(format!("norms of {:?} and {:?} for heads of {dim}", q_norm.dims(), k_norm.dims()));
+    }
+    if let Some(RopeTables { cos, sin, by_position }) = params.tables {
+        let (rows, half) = cos.dims2()?;
+        let needed = match by_position {
+            true => meta.positions.iter().max().map_or(0, |position| *position as usize + 1),
+            false => tokens,
+        };
+        if rows < needed || 2 * half > dim || sin.dims() != cos.dims() || cos.dtype() != DType::F32 {
+            return wrong(format!("tables {:?} for {needed} rows of heads of {dim}", cos.dims()));
+        }
+    }
+    let KvStorage::Tensors { k: k_cache, v: v_cache } = &layer.0 else { return Ok(None) };
+    let same = k.dtype() == q.dtype() && v.dtype() == q.dtype();
+    if !same || v_cache.dtype() != k_cache.dtype() {
+        return Ok(None);
+    }
+    crate::cuda::elementwise::rotate_store(q, Some((k, v)), Some((k_cache, v_cache)), params, Some(meta))
 }
 
 /// Causal attention of `q [num_tokens, num_heads, head_dim]` over the cached keys and values of each sequence, through
@@ -279,8 +435,16 @@ pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &A
             format!("queries {:?}, heads of the cache [{kv_heads}, {cache_dim}]", q.dims()),
         ));
     }
-    meta.check(slots)?;
+    meta.check(slots, q.device().is_cuda())?;
+    #[cfg(feature = "cuda")]
+    if let KvStorage::Tensors { k, v } = &layer.0
+        && let Some(out) = crate::cuda::attention::paged_attention(q, (k, v), meta, params)?
+    {
+        return Ok(out);
+    }
     let KvStorage::Cpu(store) = &layer.0 else {
+        #[cfg(feature = "cuda")]
+        crate::cuda::step::refuse_while_recording("paged_attention")?;
         return reference::paged_attention(q, layer, meta, params);
     };
     let view = View::new(q, heads * dim)?;
@@ -297,6 +461,10 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
         return Err(argument("gated_activation", format!("width {both} is odd")));
     }
     let width = both / 2;
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::cuda::elementwise::gated_activation(gate_up, activation)? {
+        return Ok(out);
+    }
     if !on_cpu_f32(gate_up) {
         let (gate, up) = (gate_up.narrow(1, 0, width)?, gate_up.narrow(1, width, width)?);
         return reference::gated_activation(&gate, &up, activation);

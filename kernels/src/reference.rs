@@ -8,7 +8,7 @@ use crate::error::{Result, argument};
 use crate::kv_layer::KvStorage;
 use crate::ops::{Activation, AttnParams, PagedMeta, RopeTables};
 use crate::weight::Storage;
-use crate::{KvLayer, Weight};
+use crate::{KvLayer, Weight, fp8};
 
 pub use encoder::{activate, layer_norm, self_attention};
 
@@ -86,9 +86,27 @@ pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -
         .broadcast_as((tokens, heads, width))?
         .contiguous()?;
     let dtype = cache_k.dtype();
-    cache_k.scatter_set(&index, &k.to_dtype(dtype)?.contiguous()?, 0)?;
-    cache_v.scatter_set(&index, &v.to_dtype(dtype)?.contiguous()?, 0)?;
+    let stored = |x: &Tensor| -> Result<Tensor> {
+        if dtype != DType::U8 {
+            return Ok(x.to_dtype(dtype)?.contiguous()?);
+        }
+        let numbers = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let bits: Vec<u8> = numbers.into_iter().map(fp8::from_f32).collect();
+        Ok(Tensor::from_vec(bits, x.dims(), x.device())?)
+    };
+    cache_k.scatter_set(&index, &stored(k)?, 0)?;
+    cache_v.scatter_set(&index, &stored(v)?, 0)?;
     Ok(())
+}
+
+/// Cached numbers as f32; bytes are fp8.
+fn widened(x: &Tensor) -> Result<Tensor> {
+    if x.dtype() != DType::U8 {
+        return Ok(x.to_dtype(DType::F32)?);
+    }
+    let all: Vec<f32> = (0..=u8::MAX).map(fp8::to_f32).collect();
+    let bits = x.flatten_all()?.to_dtype(DType::U32)?;
+    Ok(Tensor::new(all, x.device())?.index_select(&bits, 0)?.reshape(x.dims())?)
 }
 
 /// See [`crate::ops::paged_attention`].
@@ -107,7 +125,7 @@ pub fn paged_attention(q: &Tensor, layer: &KvLayer, meta: &PagedMeta, params: &A
         let slots: Vec<u32> = (0..len_k).map(|pos| meta.slot(seq, pos) as u32).collect();
         let slots = Tensor::new(slots, q.device())?;
         let gather = |cache: &Tensor| -> Result<Tensor> {
-            let rows = cache.index_select(&slots, 0)?.to_dtype(DType::F32)?; // [Lk, KVH, D]
+            let rows = widened(&cache.index_select(&slots, 0)?)?; // [Lk, KVH, D]
             let rows = rows.transpose(0, 1)?.unsqueeze(1)?; // [KVH, 1, Lk, D]
             Ok(rows.broadcast_as((kv_heads, group, len_k, width))?.reshape((heads, len_k, width))?)
         };

@@ -11,7 +11,8 @@ use crate::{Batch, KvCache, Result};
 /// A decoder that predicts the next token.
 pub trait CausalLm: Send {
     /// Runs one step: stores the keys and values of all tokens of `batch` into `cache` and returns the logits of
-    /// `batch.logit_rows`, `[num_logit_rows, vocab_size]` f32 on the CPU device or the model's own.
+    /// `batch.logit_rows`, `[num_logit_rows, vocab_size]` f32 on the CPU device or the model's own. On a GPU the next call may
+    /// write to the same memory: whoever wants them longer copies them.
     ///
     /// # Errors
     /// If the batch contradicts itself or a kernel fails; the cache slots of this batch are then undefined.
@@ -49,6 +50,8 @@ pub struct LoadOptions {
     pub max_model_len: Option<usize>,
     /// Devices, or threads on the CPU, that the model is divided over; 1: it is not. `device` is the first of them.
     pub tensor_parallel_size: usize,
+    /// Whether decode steps on a GPU are recorded once as CUDA graphs and replayed.
+    pub step_graphs: bool,
     /// Told of each tensor as it is loaded.
     pub progress: Option<Progress>,
 }
@@ -63,6 +66,7 @@ impl Default for LoadOptions {
             device: Device::Cpu,
             max_model_len: None,
             tensor_parallel_size: 1,
+            step_graphs: true,
             progress: None,
         }
     }

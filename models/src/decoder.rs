@@ -1,8 +1,11 @@
 //! The one decoder: every family is this forward pass under another [`DecoderConfig`].
 
+use std::cell::OnceCell;
+
 use candle_core::{DType, Device, Tensor};
 use ingle_kernels::{
-    AttnParams, KvDtype, KvLayer, PagedMeta, Quantization, RopeTables, SelfAttnParams, Weight, ops,
+    AttnParams, KvDtype, KvLayer, PagedMeta, Quantization, RopeTables, RotateParams, SelfAttnParams, Weight,
+    ops,
 };
 
 use crate::causal_lm::{CausalLm, ModelInfo};
@@ -27,6 +30,9 @@ pub(crate) struct Decoder {
     /// Shares the embedding's memory when they are tied.
     head: Weight,
     ropes: Vec<Rope>,
+    /// On a GPU: of all positions, made for the first step over a cache and read by all.
+    position_tables: OnceCell<Vec<RopeTables>>,
+    max_len: usize,
     /// Of the activations.
     dtype: DType,
     kv_dtype: KvDtype,
@@ -34,6 +40,8 @@ pub(crate) struct Decoder {
     info: ModelInfo,
     /// `None`: the model is on one device. Otherwise `config` is that of the rank.
     rank: Option<Rank>,
+    #[cfg(feature = "cuda")]
+    graphs: crate::cuda_graph::StepGraphs,
 }
 
 struct Layer {
@@ -75,6 +83,9 @@ pub(crate) struct Placement {
     pub(crate) device: Device,
     /// Longest sequence that will be run.
     pub(crate) max_len: usize,
+    /// Decode steps on a GPU are recorded once and replayed.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(crate) step_graphs: bool,
 }
 
 impl Placement {
@@ -115,8 +126,22 @@ impl Decoder {
         } else {
             config.embedding_scale
         };
+        let ropes: Vec<_> = config.ropes.iter().map(|rope| Rope::new(rope, placement.max_len)).collect();
+        #[cfg(feature = "cuda")]
+        let graphs = {
+            // Experts are chosen on the host, between kernels.
+            let on_the_device = spec.layers.iter().all(|layer| matches!(layer.mlp, MlpSpec::Dense { .. }));
+            // Ranks do not know whether all others replay: one that fell back alone would wait for them.
+            let alone = rank.is_none() && placement.device.is_cuda();
+            let wanted = placement.step_graphs && on_the_device && alone;
+            crate::cuda_graph::StepGraphs::new(wanted, placement.max_len)
+        };
         Ok(Self {
-            ropes: config.ropes.iter().map(|rope| Rope::new(rope, placement.max_len)).collect(),
+            ropes,
+            position_tables: OnceCell::new(),
+            max_len: placement.max_len,
+            #[cfg(feature = "cuda")]
+            graphs,
             config,
             embedding,
             embedding_scale,
@@ -144,15 +169,15 @@ impl Decoder {
         }
     }
 
-    fn logits(&self, hidden: &Tensor, batch: &Batch) -> Result<Tensor> {
-        if batch.logit_rows.is_empty() {
+    pub(crate) fn logits(&self, hidden: &Tensor, logit_rows: &[u32]) -> Result<Tensor> {
+        if logit_rows.is_empty() {
             return Ok(Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device)?);
         }
         // Every row wanted, in order: decoding, mostly. No copy then.
-        let hidden = if batch.logit_rows.len() == batch.input_ids.len() {
+        let hidden = if logit_rows.len() == hidden.dim(0)? {
             hidden.clone()
         } else {
-            hidden.index_select(&Tensor::new(batch.logit_rows.as_slice(), &self.device)?, 0)?
+            hidden.index_select(&Tensor::new(logit_rows, &self.device)?, 0)?
         };
         let hidden = ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?;
         let mut logits = ops::linear(&hidden, &self.head, None)?.to_dtype(DType::F32)?; // [R, vocab]
@@ -179,43 +204,104 @@ impl Decoder {
         causal: bool,
     ) -> Result<Tensor> {
         let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
-        let hidden = self.layers(input_ids, &positions, |_| Keys::OwnStep { cu_seqlens, causal })?;
+        let tables = self.step_tables(&positions)?;
+        let hidden = self.embed(input_ids)?;
+        let hidden = self.layers(hidden, &tables, |_| Keys::OwnStep { cu_seqlens, causal })?;
         Ok(ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?)
     }
 
-    /// Embedding and all layers; `keys` says where each layer's attention looks.
+    fn step_tables(&self, positions: &[u32]) -> Result<Vec<RopeTables>> {
+        self.ropes.iter().map(|rope| rope.tables(positions, &self.device)).collect()
+    }
+
+    fn tables_by_position(&self) -> Result<&[RopeTables]> {
+        if self.position_tables.get().is_none() {
+            let tables = self.ropes.iter().map(|rope| rope.tables_by_position(self.max_len, &self.device));
+            // Only this thread computes, so nobody has filled it meanwhile.
+            let _ = self.position_tables.set(tables.collect::<Result<_>>()?);
+        }
+        Ok(self.position_tables.get().map_or(&[], Vec::as_slice))
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.head.rows()
+    }
+
+    pub(crate) fn embed(&self, input_ids: &[u32]) -> Result<Tensor> {
+        let hidden = match &self.rank {
+            Some(rank) => rank.embedding(input_ids, &self.embedding, self.dtype)?,
+            None => ops::embedding(input_ids, &self.embedding, self.dtype)?,
+        }; // [T, hidden]
+        scaled(hidden, self.embedding_scale)
+    }
+
+    /// All layers; `keys` says where each layer's attention looks.
     fn layers<'a>(
         &self,
-        input_ids: &[u32],
-        positions: &[u32],
+        mut hidden: Tensor,
+        tables: &[RopeTables],
         mut keys: impl FnMut(usize) -> Keys<'a>,
     ) -> Result<Tensor> {
-        let tables = self.ropes.iter().map(|rope| rope.tables(positions, &self.device));
-        let tables = tables.collect::<Result<Vec<_>>>()?;
-
-        let hidden = match &self.rank {
-            Some(rank) => rank.embedding(input_ids, &self.embedding, self.dtype),
-            None => Ok(ops::embedding(input_ids, &self.embedding, self.dtype)?),
-        }; // [T, hidden]
-        let mut hidden = hidden?;
-        hidden = scaled(hidden, self.embedding_scale)?;
+        let mut part = None; // of the residual connection, not yet added
         for (idx, layer) in self.layers.iter().enumerate() {
-            let x = normed(&hidden, layer.attn_pre_norm.as_ref(), &self.config)?;
-            let x = layer.attention.forward(&x, keys(idx), &tables, &self.config, self.rank.as_ref())?;
+            let x;
+            (hidden, x) = self.join(hidden, part, layer.attn_pre_norm.as_ref())?;
+            let x = layer.attention.forward(&x, keys(idx), tables, &self.config, self.rank.as_ref())?;
             let x = self.reduced(x)?;
-            let x = normed(&x, layer.attn_post_norm.as_ref(), &self.config)?;
-            hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
+            part = Some(normed(&x, layer.attn_post_norm.as_ref(), &self.config)?);
 
-            let x = normed(&hidden, layer.mlp_pre_norm.as_ref(), &self.config)?;
+            let x;
+            (hidden, x) = self.join(hidden, part, layer.mlp_pre_norm.as_ref())?;
             let x = match &layer.mlp {
                 LayerMlp::Dense(mlp) => mlp.forward(&x)?,
                 LayerMlp::Moe(moe) => moe.forward(&x)?,
             };
             let x = self.reduced(x)?;
-            let x = normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?;
-            hidden = ops::add(&hidden, &scaled(x, self.config.residual_scale)?)?;
+            part = Some(normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?);
         }
-        Ok(hidden)
+        Ok(self.join(hidden, part, None)?.0)
+    }
+
+    /// `hidden` with `part` added, and that normed.
+    fn join(&self, hidden: Tensor, part: Option<Tensor>, norm: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        let scale = self.config.residual_scale;
+        match (part, norm) {
+            (Some(part), Some(norm)) => {
+                Ok(ops::add_rms_norm((&hidden, &part), scale, norm, self.config.rms_norm_eps)?)
+            }
+            (Some(part), None) => {
+                let hidden = ops::add(&hidden, &scaled(part, scale)?)?;
+                Ok((hidden.clone(), hidden))
+            }
+            (None, norm) => {
+                let x = normed(&hidden, norm, &self.config)?;
+                Ok((hidden, x))
+            }
+        }
+    }
+
+    /// The layers on `hidden` over `cache`, and the logits of `logit_rows`.
+    pub(crate) fn compute(
+        &self,
+        hidden: Tensor,
+        meta: &PagedMeta,
+        logit_rows: &[u32],
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        let made;
+        let tables = if self.device.is_cuda() {
+            self.tables_by_position()?
+        } else {
+            made = self.step_tables(&meta.positions)?;
+            &made
+        };
+        let mut layers = cache.layers_mut();
+        let hidden = self.layers(hidden, tables, |_| Keys::Cached {
+            cache: layers.next().expect("the cache has a layer for each of ours, which was checked"),
+            meta,
+        })?;
+        self.logits(&hidden, logit_rows)
     }
 }
 
@@ -230,13 +316,12 @@ enum Keys<'a> {
 impl CausalLm for Decoder {
     fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
         batch.check(self.config.layers.len(), cache)?;
-        let meta = &batch.meta;
-        let mut layers = cache.layers_mut();
-        let hidden = self.layers(&batch.input_ids, &meta.positions, |_| Keys::Cached {
-            cache: layers.next().expect("the cache has a layer for each of ours, which was checked"),
-            meta,
-        })?;
-        self.logits(&hidden, batch)
+        let hidden = self.embed(&batch.input_ids)?;
+        #[cfg(feature = "cuda")]
+        if let Some(logits) = self.graphs.run(self, &hidden, batch, cache) {
+            return Ok(logits);
+        }
+        self.compute(hidden, &batch.meta, &batch.logit_rows, cache)
     }
 
     fn device(&self) -> &Device {
@@ -277,20 +362,28 @@ impl Attention {
         let mut k = qkv.narrow(1, heads, kv_heads)?; // [T, KVH, D]
         let v = qkv.narrow(1, heads + kv_heads, kv_heads)?; // [T, KVH, D]
 
-        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
+        let mut norms = self.q_norm.as_ref().zip(self.k_norm.as_ref());
+        if let Some((q_norm, k_norm)) = norms.filter(|_| config.qk_norm == QkNorm::FullWidth) {
             q = norm_heads(&q, q_norm, config, rank.map(|rank| (rank, 1)))?;
             k = norm_heads(&k, k_norm, config, rank.map(|rank| (rank, rank.kv_replicas)))?;
+            norms = None;
         }
-        if let Some(rope) = self.rope {
-            q = ops::rope(&q, &tables[rope])?;
-            k = ops::rope(&k, &tables[rope])?;
-        }
+        let rotation = self.rope.map(|rope| &tables[rope]);
         let out = match keys {
             Keys::Cached { cache, meta } => {
-                ops::store_kv(cache, &k, &v, meta)?;
+                let params = RotateParams { norms, eps: config.rms_norm_eps, tables: rotation };
+                let q = ops::rotate_store(&q, (&k, &v), cache, meta, &params)?;
                 ops::paged_attention(&q, cache, meta, &self.params)?
             }
             Keys::OwnStep { cu_seqlens, causal } => {
+                if let Some((q_norm, k_norm)) = norms {
+                    q = norm_heads(&q, q_norm, config)?;
+                    k = norm_heads(&k, k_norm, config)?;
+                }
+                if let Some(tables) = rotation {
+                    q = ops::rope(&q, tables)?;
+                    k = ops::rope(&k, tables)?;
+                }
                 ops::self_attention(&q, &k, &v, cu_seqlens, None, &self.own_step_params(causal))?
             }
         }; // [T, H, D]

@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 /// Keys and values of all layers, `num_blocks` blocks of `block_size` token slots each.
 #[derive(Debug)]
 pub struct KvCache {
+    #[cfg(feature = "cuda")]
+    id: u64,
     layers: Vec<KvLayer>,
     num_blocks: usize,
     block_size: usize,
@@ -37,12 +39,28 @@ impl KvCache {
         let layers = (0..num_layers)
             .map(|_| KvLayer::new(num_slots, num_kv_heads, head_dim, dtype, device))
             .collect::<Result<_, _>>()?;
-        Ok(Self { layers, num_blocks, block_size, ranks: Vec::new(), rank: 0 })
+        Ok(Self {
+            #[cfg(feature = "cuda")]
+            id: next_id(),
+            layers,
+            num_blocks,
+            block_size,
+            ranks: Vec::new(),
+            rank: 0,
+        })
     }
 
     /// The cache of a model over several ranks.
     pub(crate) fn of_ranks(ranks: Vec<Self>, num_blocks: usize, block_size: usize) -> Self {
-        Self { layers: Vec::new(), num_blocks, block_size, ranks, rank: 0 }
+        Self {
+            #[cfg(feature = "cuda")]
+            id: next_id(),
+            layers: Vec::new(),
+            num_blocks,
+            block_size,
+            ranks,
+            rank: 0,
+        }
     }
 
     /// This cache as the part of rank `rank`.
@@ -63,6 +81,12 @@ impl KvCache {
     /// The parts after a step, in the order of the ranks.
     pub(crate) fn put_ranks(&mut self, ranks: Vec<Self>) {
         self.ranks = ranks;
+    }
+
+    /// Tells this cache from all others of the process.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// The cache of layer `idx`.
@@ -92,4 +116,11 @@ impl KvCache {
     pub fn block_size(&self) -> usize {
         self.block_size
     }
+}
+
+#[cfg(feature = "cuda")]
+fn next_id() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static CACHES: AtomicU64 = AtomicU64::new(1);
+    CACHES.fetch_add(1, Ordering::Relaxed)
 }

@@ -9,6 +9,8 @@ mod causal_lm;
 pub mod check;
 mod config;
 mod convert;
+#[cfg(feature = "cuda")]
+mod cuda_graph;
 mod decoder;
 pub mod encoder;
 mod error;

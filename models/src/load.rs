@@ -161,6 +161,7 @@ fn placement(
         kv_dtype: options.kv_cache_dtype.or(KvDtype::of(dtype)).unwrap_or(KvDtype::F32),
         device: options.device.clone(),
         max_len: options.max_model_len.unwrap_or(config.max_position_embeddings),
+        step_graphs: options.step_graphs,
     })
 }
 
@@ -295,6 +296,7 @@ mod tests {
             kv_dtype: KvDtype::F32,
             device: Device::Cpu,
             max_len: 16,
+            step_graphs: false,
         };
         let check = |available| check_memory(&source, 1000, &placement, available);
         assert!(check(Some(2000)).is_ok() && check(None).is_ok());

@@ -275,6 +275,12 @@ impl Rope {
         }
     }
 
+    /// Cosines and sines of positions `0..len`, made once for all steps.
+    pub(crate) fn tables_by_position(&self, len: usize, device: &Device) -> Result<RopeTables> {
+        let positions: Vec<u32> = (0..u32::try_from(len).unwrap_or(u32::MAX)).collect();
+        Ok(RopeTables { by_position: true, ..self.tables(&positions, device)? })
+    }
+
     /// As [`Rope::tables`], with frequencies of its own for each position past the trained length.
     fn dynamic_tables(
         &self,
@@ -300,6 +306,7 @@ impl Rope {
         Ok(RopeTables {
             cos: Tensor::from_vec(cos, shape, device)?,
             sin: Tensor::from_vec(sin, shape, device)?,
+            by_position: false,
         })
     }
 }

@@ -501,6 +501,8 @@ pub enum KvTypeName {
     F16,
     /// Bytes with a scale for each token and head: half the memory of bf16 (CPU only).
     Int8,
+    /// Floats of 8 bits (e4m3), unscaled: half the memory of bf16 (GPU only).
+    Fp8,
 }
 
 /// Form of the log.

@@ -247,6 +247,9 @@ impl Server {
             }
         }
         state.cut_requests();
+        // Nobody new, before the last look: a connection that is taken while this ends would be cut in its request.
+        shared.closing.cancel();
+        let _ = timeout_at(Instant::now() + Duration::from_millis(200), accepting.wait()).await;
         // What was cut is written to clients that read.
         let _ = timeout_at(Instant::now() + Duration::from_millis(500), shared.idle()).await;
         shared.stop.cancel();
@@ -277,12 +280,17 @@ async fn accept_loop(listener: Listener, shared: Arc<Shared>) {
     loop {
         // A place first: who is not accepted yet waits in the system's queue.
         let place = tokio::select! {
+            biased;
             () = shared.stop.cancelled() => return,
             place = places.any() => place,
+            () = shared.closing.cancelled() => return,
         };
+        // In this order: who waits already is answered, not reset.
         let accepted = tokio::select! {
+            biased;
             () = shared.stop.cancelled() => return,
             accepted = listener.accept() => accepted,
+            () = shared.closing.cancelled() => return,
         };
         match accepted {
             Ok(stream) => {

@@ -112,7 +112,10 @@ async fn sigterm_under_load_loses_nothing() {
                     End::Refused => refused += 1,
                     // The server never had it, or its refusal did not reach the client: sent elsewhere, it runs once.
                     End::Broken(id) if !ran(&taken, &id) => not_taken += 1,
-                    End::Broken(how) | End::Lost(how) => panic!("round {round}: a request was lost: {how}"),
+                    End::Broken(how) | End::Lost(how) => {
+                        let said = taken.lines().filter(|line| line.contains(&format!("\"{how}\"")));
+                        panic!("round {round}: a request was lost: {how}; {:?}", said.collect::<Vec<_>>())
+                    }
                 }
             }
         }

@@ -210,6 +210,7 @@ fn models_that_cannot_do_it_are_refused_at_the_start() {
     failed(&serve(&["--reranker", &bert]), &["--embedding-model"]);
     failed(&serve(&["--reranker", &classifier]), &["labels"]);
     failed(&serve(&["--embedding-model", "/no/such/model"]), &["/no/such/model"]);
+    failed(&serve(&["--embedding-model", &bert, "--quantization", "int8"]), &["--embedding-quantization"]);
     failed(&serve(&["--embedding-model", &format!("{bert},{bert}")]), &["two models are called"]);
     let wrong = serve(&["--embedding-model", &bert, "--embedding-share", "1.5"]);
     assert_eq!(wrong.code, Some(2), "{wrong:?}");

@@ -55,6 +55,9 @@ impl KvStore {
             KvDtype::F32 => KvData::F32 { k: f32s(k_len)?, v: f32s(v_len)? },
             KvDtype::Bf16 => KvData::Bf16 { k: u16s(k_len)?, v: u16s(v_len)? },
             KvDtype::F16 => KvData::F16 { k: u16s(k_len)?, v: u16s(v_len)? },
+            KvDtype::Fp8 => {
+                return Err(argument("KvLayer::new", "an fp8 cache is for GPUs only; the CPU has int8"));
+            }
             KvDtype::Int8 => {
                 KvData::Int8 { k: i8s(k_len)?, v: i8s(v_len)?, k_scales: f32s(rows)?, v_scales: f32s(rows)? }
             }

@@ -171,6 +171,12 @@ pub fn self_attention(
     if tokens == 0 {
         return Ok(q.clone());
     }
+    #[cfg(feature = "cuda")]
+    if bias.is_none()
+        && let Some(out) = crate::cuda::attention::self_attention(q, k, v, cu_seqlens, params)?
+    {
+        return Ok(out);
+    }
     let ours = q.device().is_cpu() && [q, k, v].iter().all(|x| x.dtype() == DType::F32);
     if !ours {
         return reference::self_attention(q, k, v, cu_seqlens, bias, params);

@@ -323,7 +323,7 @@ fn heads_are_normed_rotated_and_stored() {
                 let blocks = (heads + 2 * kv_heads).div_ceil(warps);
                 launch(
                     &name,
-                    Grid::new([blocks as u32, tokens as u32, 1], 32 * warps as u32),
+                    Grid::new([tokens as u32, blocks as u32, 1], 32 * warps as u32),
                     seed,
                     args![arguments],
                 );

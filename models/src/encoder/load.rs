@@ -307,6 +307,7 @@ fn placement(
         kv_dtype: ingle_kernels::KvDtype::F32,
         device: options.device.clone(),
         max_len,
+        step_graphs: false,
     })
 }
 

@@ -5,7 +5,8 @@
 //! 2. [`group`] runs one thread a rank. Each loads its own share, and all are given the same steps.
 //! 3. In a step the ranks meet three times: the outputs of attention and of the MLP are sums over the ranks
 //!    ([`Communicator::all_reduce_sum`], two a layer), the embedding is a sum of which all terms but one are zero, and
-//!    the logits are laid side by side ([`Communicator::all_gather`]).
+//!    the logits are laid side by side ([`Communicator::all_gather`]), as are queries and keys where one norm spans all
+//!    of their heads.
 //!
 //! Sums are over the ranks in their order and the same on every rank, so a token's result depends neither on its batch
 //! mates nor on the rank that is asked; it differs from that of one device by the rounding of those sums.

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use ingle_engine::embed::EncoderTask;
 use ingle_engine::{ComputeArbiter, ComputeClass};
 
@@ -16,7 +16,7 @@ use super::load::{DEFAULT_MODEL, EngineSizes, Find, load};
 use super::load_encoder::{self, How};
 use super::tier::TierSettings;
 use crate::app;
-use crate::cli::ServeArgs;
+use crate::cli::{FloatType, QuantizationName, ServeArgs};
 use crate::listen::{ListenConfig, Listener, Server, Shutdown, raise_file_limit};
 use crate::logging;
 use crate::state::{AppConfig, AppState, Generator, Models, View};
@@ -175,6 +175,13 @@ fn load_all(args: &ServeArgs) -> anyhow::Result<(Models, Vec<String>)> {
         None if !encoders.is_empty() => None,
         name => Some(name.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned())),
     };
+    let meant_for_it = args.load.dtype != FloatType::Auto || args.load.quantization != QuantizationName::None;
+    if generator.is_none() && meant_for_it {
+        bail!(
+            "--dtype and --quantization are the generating model's, and none is served; for embedding models \
+             and rerankers there are --embedding-dtype and --embedding-quantization"
+        );
+    }
     let shares = encoders.len() + usize::from(generator.is_some()) > 1;
     let arbiter = shares.then(|| ComputeArbiter::new(wanted.embedding_share));
     let turn = |class| arbiter.as_ref().map(|arbiter| arbiter.join(class));

@@ -59,6 +59,8 @@ pub(super) struct Shared {
     pub(super) config: ListenConfig,
     /// Cancelled: finish what runs, then close.
     pub(super) drain: CancellationToken,
+    /// Cancelled: connections that wait are taken, then no more.
+    pub(super) closing: CancellationToken,
     /// Cancelled: close.
     pub(super) stop: CancellationToken,
     /// Connections that are open.
@@ -74,6 +76,7 @@ impl Shared {
             apps: OnceLock::new(),
             config,
             drain: CancellationToken::new(),
+            closing: CancellationToken::new(),
             stop: CancellationToken::new(),
             open: AtomicUsize::new(0),
             changed: Notify::new(),

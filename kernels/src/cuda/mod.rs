@@ -1,0 +1,13 @@
+//! Launching the kernels of `kernels/cuda` on candle's tensors and stream.
+//!
+//! The machine code of every generation of GPU is embedded, and loaded once a device. All calls come from one thread,
+//! and everything runs on one stream in the order of the calls, so nothing waits for anything explicitly.
+
+#![allow(unsafe_code)]
+
+pub(crate) mod attention;
+pub(crate) mod elementwise;
+pub(crate) mod graph;
+mod module;
+pub(crate) mod step;
+pub(crate) mod tensor;
