@@ -16,7 +16,7 @@ pub(crate) trait Communicator: Send {
     /// Number of ranks.
     fn world_size(&self) -> usize;
 
-    /// The sum over all ranks, added in their order; the same on all.
+    /// The sum over all ranks, the same on all.
     fn all_reduce_sum(&self, x: &Tensor) -> Result<Tensor>;
 
     /// The tensors of all ranks, in their order.

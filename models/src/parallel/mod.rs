@@ -8,8 +8,9 @@
 //!    the logits are laid side by side ([`Communicator::all_gather`]), as are queries and keys where one norm spans all
 //!    of their heads.
 //!
-//! Sums are over the ranks in their order and the same on every rank, so a token's result depends neither on its batch
-//! mates nor on the rank that is asked; it differs from that of one device by the rounding of those sums.
+//! Between threads, terms are added in the order of the ranks, so a token's result depends neither on its batch mates nor on
+//! the rank that is asked; it differs from that of one device by the rounding of those sums. NCCL gives all ranks the
+//! same sum, but picks the order of its terms by the size of the step.
 
 mod communicator;
 mod group;

@@ -42,9 +42,11 @@ pub(super) fn connections(world_size: usize) -> Result<Vec<Connect>> {
 impl NcclCommunicator {
     /// An error after the end of the exchange is the failure of whoever has ended it.
     fn told_apart<T>(&self, result: ingle_kernels::Result<T>) -> Result<T> {
-        result.map_err(|error| {
-            if self.inner.has_ended() { Error::Parallel(error.to_string()) } else { error.into() }
-        })
+        result.map_err(
+            |error| {
+                if self.inner.has_ended() { Error::Parallel(error.to_string()) } else { error.into() }
+            },
+        )
     }
 }
 

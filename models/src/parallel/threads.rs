@@ -73,7 +73,7 @@ impl Communicator for ThreadCommunicator {
 
     fn all_reduce_sum(&self, x: &Tensor) -> Result<Tensor> {
         let mut parts = self.all_gather(x)?.into_iter();
-        // A group has at least this rank.
+        // In the order of the ranks. A group has at least this one.
         let first = parts.next().unwrap_or_else(|| x.clone());
         parts.try_fold(first, |sum, part| Ok((sum + part)?))
     }
