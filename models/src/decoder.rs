@@ -377,8 +377,8 @@ impl Attention {
             }
             Keys::OwnStep { cu_seqlens, causal } => {
                 if let Some((q_norm, k_norm)) = norms {
-                    q = norm_heads(&q, q_norm, config)?;
-                    k = norm_heads(&k, k_norm, config)?;
+                    q = norm_heads(&q, q_norm, config, None)?;
+                    k = norm_heads(&k, k_norm, config, None)?;
                 }
                 if let Some(tables) = rotation {
                     q = ops::rope(&q, tables)?;
