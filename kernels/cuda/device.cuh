@@ -66,6 +66,40 @@ __device__ __forceinline__ uint32_t byte_perm(uint32_t low, uint32_t high, uint3
     return __byte_perm(low, high, selector);
 }
 
+// Arithmetic on two numbers a register; exact results are exact.
+template <class T> __device__ __forceinline__ uint32_t sub2(uint32_t a, uint32_t b);
+template <> __device__ __forceinline__ uint32_t sub2<bf16>(uint32_t a, uint32_t b) {
+    __nv_bfloat162 y = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+    return *reinterpret_cast<uint32_t*>(&y);
+}
+template <> __device__ __forceinline__ uint32_t sub2<f16>(uint32_t a, uint32_t b) {
+    __half2 y = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+    return *reinterpret_cast<uint32_t*>(&y);
+}
+template <class T> __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b);
+template <> __device__ __forceinline__ uint32_t mul2<bf16>(uint32_t a, uint32_t b) {
+    __nv_bfloat162 y = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+    return *reinterpret_cast<uint32_t*>(&y);
+}
+template <> __device__ __forceinline__ uint32_t mul2<f16>(uint32_t a, uint32_t b) {
+    __half2 y = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+    return *reinterpret_cast<uint32_t*>(&y);
+}
+
+// A number of f16 by its bits.
+__device__ __forceinline__ float f16_bits_to_float(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+// Loads 16 bytes that no one reads again soon: they leave the first-level cache to others.
+__device__ __forceinline__ uint4 load_stream(const void* from) {
+    uint4 x;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(from));
+    return x;
+}
+
 // d += a b for tiles of 16 x 16, 16 x 8: fragments as PTX lays out mma.m16n8k16.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -87,6 +121,17 @@ __device__ __forceinline__ void mma_16832_s8(int (&d)[4], const uint32_t (&a)[4]
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for tiles of e4m3 numbers, summed in f32. Chips before sm_89 have no such instruction and are never asked.
+__device__ __forceinline__ void mma_16832_fp8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 890
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    __trap();
+#endif
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {

@@ -374,6 +374,10 @@ inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float fast_exp2(float x) { return exp2f(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -476,6 +480,22 @@ template <class P> void check_aligned(const P* pointer, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) emulation::fail("an access of %zu bytes is not aligned", bytes);
 }
 
+template <class T> uint32_t sub2(uint32_t a, uint32_t b) {
+    auto part = [&](int shift) { return to_float(T{uint16_t(a >> shift)}) - to_float(T{uint16_t(b >> shift)}); };
+    return pack2<T>(part(0), part(16));
+}
+template <class T> uint32_t mul2(uint32_t a, uint32_t b) {
+    auto part = [&](int shift) { return to_float(T{uint16_t(a >> shift)}) * to_float(T{uint16_t(b >> shift)}); };
+    return pack2<T>(part(0), part(16));
+}
+inline float f16_bits_to_float(uint32_t bits) { return to_float(f16{uint16_t(bits)}); }
+inline uint4 load_stream(const void* from) {
+    check_aligned(static_cast<const unsigned char*>(from), 16);
+    uint4 x;
+    memcpy(&x, from, 16);
+    return x;
+}
+
 // Tensor cores.
 
 template <class T> void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -509,6 +529,23 @@ inline void mma_16832_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
         for (int holder = 0; holder < 4; ++holder)
             for (int half = 0; half < 2; ++half)
                 d[i] = __dp4a(int(all[group * 4 + holder].a[i / 2 + half * 2]), int(all[column * 4 + holder].b[half]), d[i]);
+    }
+}
+
+inline void mma_16832_fp8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    struct Fragment {
+        uint32_t a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    auto all = emulation::exchange("mma_16832_fp8", mine);
+    unsigned group = emulation::lane() / 4, in_group = emulation::lane() % 4;
+    auto number = [](uint32_t word, int byte) { return to_float(fp8{uint8_t(word >> 8 * byte)}); };
+    for (int i = 0; i < 4; ++i) {
+        unsigned column = in_group * 2 + i % 2;
+        for (int half = 0; half < 2; ++half)
+            for (int holder = 0; holder < 4; ++holder)
+                for (int byte = 0; byte < 4; ++byte)
+                    d[i] += number(all[group * 4 + holder].a[i / 2 + half * 2], byte) *
+                            number(all[column * 4 + holder].b[half], byte);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Floats of 8 bits: sign, 4 bits of exponent, 3 of mantissa; no infinities, NaN has all bits but the sign set (e4m3).
 
 /// The largest number.
-const MAX: f32 = 448.0;
+pub(crate) const MAX: f32 = 448.0;
 
 /// The nearest number, ties to the even one; beyond the largest, the largest. Bit for bit as GPUs convert.
 pub(crate) fn from_f32(x: f32) -> u8 {

@@ -15,6 +15,7 @@ pub mod check;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod deterministic;
 mod error;
 mod fp8;
 pub mod gpu;
@@ -23,12 +24,18 @@ mod kv_layer;
 pub mod nccl;
 pub mod ops;
 pub mod reference;
+#[doc(hidden)]
+pub mod tiles;
 mod weight;
 
 pub use cpu::{Isa, isa, keep_freed_memory, num_threads, probe, set_checkpoint, set_num_threads};
 #[cfg(feature = "cuda")]
 pub use cuda::graph::{StepGraph, StepLimits};
+pub use deterministic::{is_deterministic, set_deterministic};
 pub use error::{Error, Result};
 pub use kv_layer::{KvDtype, KvLayer};
-pub use ops::{Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, RotateParams, SelfAttnParams};
-pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};
+pub use ops::{
+    Activation, AttnParams, Epilogue, PagedMeta, RelativeBias, RopeTables, RotateParams, SampleRow,
+    SelfAttnParams,
+};
+pub use weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};

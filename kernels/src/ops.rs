@@ -4,6 +4,7 @@
 //! last dimension), so that the parts of a stacked projection need no copy.
 
 mod encoder;
+mod sampling;
 
 use candle_core::{CpuStorage, D, DType, Device, Shape, Storage, Tensor};
 
@@ -14,6 +15,9 @@ use crate::weight::Storage as WeightStorage;
 use crate::{KvLayer, Weight, reference};
 
 pub use encoder::{RelativeBias, SelfAttnParams, activate, layer_norm, self_attention};
+#[doc(hidden)]
+pub use sampling::{DeviceRows, Edit, MAX_VOCAB, edits_of, scan_parts};
+pub use sampling::{SampleRow, sample, sample_row};
 
 /// The ragged batch as the attention kernels see it. One entry a sequence unless said otherwise; host memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -162,6 +166,12 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         let (rows, cols) = (weight.rows(), weight.cols());
         return Err(argument("linear", format!("{:?} by a weight of [{rows}, {cols}]", x.dims())));
     }
+    #[cfg(feature = "cuda")]
+    if let Some(operand) = weight.on_cuda()
+        && let Some(y) = crate::cuda::linear::linear(x, operand, bias, Epilogue::None)?
+    {
+        return Ok(y);
+    }
     if let WeightStorage::Dense(_) = weight.storage() {
         return reference::linear(x, weight, bias);
     }
@@ -169,6 +179,8 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         WeightStorage::Packed(matrix) => cpu::matmul(x, matrix, bias, y),
         WeightStorage::Quantized(matrix) => cpu::quant_matmul(x, matrix, bias, y),
         WeightStorage::Dense(_) => unreachable!("computed above"),
+        #[cfg(feature = "cuda")]
+        WeightStorage::Tiles(_) => unreachable!("computed above"),
     };
     let x = View::new(x, width)?;
     let shape = (tokens, weight.rows());
@@ -179,6 +191,49 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     fill(shape, |y| x.read(|x| bias.read(|bias| multiply(x, Some(bias.row(0)), y)))?)
 }
 
+/// What is done with the result of a product.
+#[derive(Debug, Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// Nothing.
+    None,
+    /// As [`add`] of this activation.
+    Add(&'a Tensor),
+    /// As [`gated_activation`] with this one.
+    Gate(Activation),
+}
+
+/// [`linear`] and what follows it, in one kernel where there is one; a result is then rounded once, at the end.
+///
+/// # Errors
+/// As [`linear`], and as the operation that follows.
+pub fn linear_then(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, then: Epilogue<'_>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(operand) = weight.on_cuda() {
+        let (tokens, width) = x.dims2()?;
+        let fits = width == weight.cols()
+            && bias.is_none_or(|bias| bias.dims() == [weight.rows()])
+            && match then {
+                Epilogue::None => true,
+                Epilogue::Add(other) => other.dims() == [tokens, weight.rows()],
+                Epilogue::Gate(_) => weight.rows().is_multiple_of(2),
+            };
+        // Shapes that do not fit are told by the operation that they do not fit.
+        if fits && let Some(y) = crate::cuda::linear::linear(x, operand, bias, then)? {
+            return Ok(y);
+        }
+    }
+    apply(linear(x, weight, bias)?, then)
+}
+
+/// What follows a product, as an operation of its own.
+pub(crate) fn apply(y: Tensor, then: Epilogue<'_>) -> Result<Tensor> {
+    match then {
+        Epilogue::None => Ok(y),
+        Epilogue::Add(other) => add(other, &y),
+        Epilogue::Gate(activation) => gated_activation(&y, activation),
+    }
+}
+
 /// Rows `ids` of `weight` as `[ids.len(), in]` in `dtype`.
 ///
 /// # Errors
@@ -187,14 +242,17 @@ pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
         return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
     }
-    #[cfg(feature = "cuda")]
-    if let WeightStorage::Dense(table) = weight.storage()
-        && let Some(rows) = crate::cuda::elementwise::embedding(ids, table)?
-    {
-        return Ok(rows.to_dtype(dtype)?);
-    }
-    if let WeightStorage::Dense(_) = weight.storage() {
-        return reference::embedding(ids, weight, dtype);
+    match weight.storage() {
+        #[cfg(feature = "cuda")]
+        WeightStorage::Tiles(tiles) => return tiles.embedding(ids, dtype),
+        WeightStorage::Dense(_table) => {
+            #[cfg(feature = "cuda")]
+            if let Some(rows) = crate::cuda::elementwise::embedding(ids, _table)? {
+                return Ok(rows.to_dtype(dtype)?);
+            }
+            return reference::embedding(ids, weight, dtype);
+        }
+        WeightStorage::Packed(_) | WeightStorage::Quantized(_) => (),
     }
     let rows = fill((ids.len(), weight.cols()), |y| {
         for (id, out) in ids.iter().zip(y.chunks_exact_mut(weight.cols())) {
@@ -202,6 +260,8 @@ pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
                 WeightStorage::Packed(matrix) => matrix.read_row(*id as usize, out),
                 WeightStorage::Quantized(matrix) => matrix.read_row(*id as usize, out),
                 WeightStorage::Dense(_) => unreachable!("read above"),
+                #[cfg(feature = "cuda")]
+                WeightStorage::Tiles(_) => unreachable!("read above"),
             }
         }
         Ok(())

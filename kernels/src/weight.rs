@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::cpu::{PackedMatrix, QuantMatrix};
 use crate::error::{Result, argument};
+use crate::fp8;
 
 /// A matrix `[out_features, in_features]` that [`crate::ops::linear`] and [`crate::ops::embedding`] read.
 ///
@@ -27,6 +28,9 @@ pub enum Quantization {
     /// Half bytes, symmetric, with an f16 scale for each 32 elements of a row: 4.5 bits an element. Activations as with
     /// `Int8`.
     Int4,
+    /// e4m3 numbers with an f32 scale for each row: 8 bits an element. CUDA only. Activations of more than sixteen tokens
+    /// may be rounded likewise while they are multiplied, with a scale for each token.
+    Fp8,
 }
 
 impl Quantization {
@@ -36,6 +40,7 @@ impl Quantization {
         match self {
             Self::Int8 => "int8",
             Self::Int4 => "int4",
+            Self::Fp8 => "fp8",
         }
     }
 
@@ -45,6 +50,8 @@ impl Quantization {
         let bits = match self {
             Self::Int8 => 17,
             Self::Int4 => 9,
+            // Without the scales of rows, which are a few bytes in thousands.
+            Self::Fp8 => 16,
         };
         elements.div_ceil(16).saturating_mul(bits)
     }
@@ -99,6 +106,89 @@ pub struct QuantizedBlocks {
     pub bytes: Vec<u8>,
 }
 
+impl QuantizedBlocks {
+    /// Type, rows and columns of all parts stacked along their rows.
+    pub(crate) fn check(parts: &[Self]) -> Result<(BlockType, usize, usize)> {
+        let wrong = |what: String| Err(argument("Weight::from_blocks", what));
+        let Some(first) = parts.first() else { return wrong("no parts".into()) };
+        for part in parts {
+            let Self { block_type, rows, cols, bytes } = part;
+            let blocks = rows.checked_mul(cols / BlockType::BLOCK_SIZE);
+            let expected = blocks.and_then(|blocks| blocks.checked_mul(block_type.block_bytes()));
+            let whole = *cols > 0 && cols.is_multiple_of(BlockType::BLOCK_SIZE) && *rows > 0;
+            if *cols != first.cols || !whole || expected != Some(bytes.len()) {
+                return wrong(format!("[{rows}, {cols}] in {} bytes of {block_type:?}", bytes.len()));
+            }
+            if *block_type != first.block_type {
+                return wrong(format!("parts of {block_type:?} and {:?}", first.block_type));
+            }
+        }
+        Ok((first.block_type, parts.iter().map(|part| part.rows).sum(), first.cols))
+    }
+}
+
+/// A matrix `[rows, cols]` of 8-bit numbers, e4m3 (no infinity, largest 448), row after row, with a scale for each row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fp8Matrix {
+    /// `rows * cols` numbers.
+    pub bytes: Vec<u8>,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// What the numbers of each row are multiplied by.
+    pub row_scales: Vec<f32>,
+}
+
+impl Fp8Matrix {
+    /// Rounds a matrix, each row scaled so that its largest magnitude is the format's largest.
+    ///
+    /// # Errors
+    /// If it is not a matrix of finite numbers.
+    pub fn round(matrix: &Tensor) -> Result<Self> {
+        let (rows, cols) = matrix.dims2()?;
+        let values = matrix.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut bytes = Vec::with_capacity(values.len());
+        let mut row_scales = Vec::with_capacity(rows);
+        for row in values.chunks_exact(cols.max(1)) {
+            let largest = row.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+            if row.iter().any(|x| !x.is_finite()) {
+                return Err(argument("Fp8Matrix::round", "a weight is NaN or infinite"));
+            }
+            // The least normal scale: numbers of a row of zeros, or of nearly nothing, are zeros.
+            let scale = (largest / fp8::MAX).max(f32::MIN_POSITIVE);
+            bytes.extend(row.iter().map(|x| fp8::from_f32(x / scale)));
+            row_scales.push(scale);
+        }
+        Ok(Self { bytes, rows, cols, row_scales })
+    }
+
+    /// Rows and columns of all parts stacked along their rows.
+    pub(crate) fn check(parts: &[Self]) -> Result<(usize, usize)> {
+        let wrong = |what: String| Err(argument("Weight::from_fp8", what));
+        let Some(cols) = parts.first().map(|part| part.cols) else { return wrong("no parts".into()) };
+        for Self { bytes, rows, cols: part_cols, row_scales } in parts {
+            let fits = rows.checked_mul(cols) == Some(bytes.len()) && row_scales.len() == *rows;
+            if !fits || *part_cols != cols || bytes.is_empty() {
+                let (bytes, scales) = (bytes.len(), row_scales.len());
+                return wrong(format!("[{rows}, {part_cols}] in {bytes} bytes and {scales} scales"));
+            }
+            if bytes.iter().any(|byte| byte & 0x7f == 0x7f) || row_scales.iter().any(|x| !x.is_finite()) {
+                return wrong("a weight is NaN".into());
+            }
+        }
+        Ok((parts.iter().map(|part| part.rows).sum(), cols))
+    }
+
+    /// The numbers as they are meant.
+    fn to_tensor(&self) -> Result<Tensor> {
+        let rows = self.bytes.chunks_exact(self.cols).zip(&self.row_scales);
+        let values: Vec<f32> =
+            rows.flat_map(|(row, scale)| row.iter().map(move |byte| fp8::to_f32(*byte) * scale)).collect();
+        Ok(Tensor::from_vec(values, (self.rows, self.cols), &Device::Cpu)?)
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(crate) enum Storage {
     /// In the layout of the CPU kernels.
@@ -107,6 +197,9 @@ pub(crate) enum Storage {
     Quantized(Arc<QuantMatrix>),
     /// Row-major, on any device.
     Dense(Tensor),
+    /// Codes in the layout of the CUDA kernels.
+    #[cfg(feature = "cuda")]
+    Tiles(Arc<crate::cuda::linear::DeviceTiles>),
 }
 
 impl Weight {
@@ -122,47 +215,67 @@ impl Weight {
         Ok(Self { rows, cols, storage: Storage::Packed(Arc::new(PackedMatrix::pack(parts, dtype)?)) })
     }
 
-    /// As [`Weight::stack`], rounded to `quantization` (on the CPU only).
+    /// As [`Weight::stack`], rounded to `quantization`, on the CPU or a CUDA device.
     ///
     /// # Errors
     /// As [`Weight::stack`]; if the device has no kernel for quantised weights.
     pub fn quantized(parts: &[Tensor], quantization: Quantization, device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            check_parts(parts)?;
+            let parts = parts.iter().map(|part| part.to_device(&Device::Cpu));
+            let parts = parts.collect::<candle_core::Result<Vec<_>>>()?;
+            return Self::tiled(|| crate::tiles::TiledMatrix::quantized(&parts, quantization), device);
+        }
         if !device.is_cpu() {
             return Err(argument(
                 "Weight::quantized",
-                format!("{quantization:?} weights are for the CPU only"),
+                format!("{quantization:?} weights are for the CPU and for CUDA devices only"),
             ));
         }
         let (rows, cols) = check_parts(parts)?;
         let matrix = match quantization {
             Quantization::Int8 => QuantMatrix::int8(parts)?,
             Quantization::Int4 => QuantMatrix::int4(parts)?,
+            Quantization::Fp8 => {
+                return Err(argument("Weight::quantized", "fp8 weights are for CUDA devices only"));
+            }
         };
         Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
     }
 
-    /// Stacks matrices of GGUF blocks along their rows, codes and scales unchanged (on the CPU only).
+    /// Stacks matrices of GGUF blocks along their rows, codes and scales unchanged, on the CPU or a CUDA device.
     ///
     /// # Errors
-    /// If the parts differ in type or columns, a size does not fit its bytes, or `device` is not the CPU.
+    /// If the parts differ in type or columns, a size does not fit its bytes, or `device` has no kernel for them.
     pub fn from_blocks(parts: &[QuantizedBlocks], device: &Device) -> Result<Self> {
-        let wrong = |what: String| Err(argument("Weight::from_blocks", what));
-        if !device.is_cpu() {
-            return wrong("quantised weights are for the CPU only".into());
+        let (_, rows, cols) = QuantizedBlocks::check(parts)?;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Self::tiled(|| crate::tiles::TiledMatrix::from_blocks(parts), device);
         }
-        let Some(cols) = parts.first().map(|part| part.cols) else { return wrong("no parts".into()) };
-        for part in parts {
-            let QuantizedBlocks { block_type, rows, cols: part_cols, bytes } = part;
-            let blocks = rows.checked_mul(cols / BlockType::BLOCK_SIZE);
-            let expected = blocks.and_then(|blocks| blocks.checked_mul(block_type.block_bytes()));
-            let whole = cols > 0 && cols.is_multiple_of(BlockType::BLOCK_SIZE) && *rows > 0;
-            if *part_cols != cols || !whole || expected != Some(bytes.len()) {
-                return wrong(format!("[{rows}, {part_cols}] in {} bytes of {block_type:?}", bytes.len()));
-            }
+        if !device.is_cpu() {
+            return Err(argument(
+                "Weight::from_blocks",
+                "quantised weights are for the CPU and for CUDA devices only",
+            ));
         }
         let matrix = QuantMatrix::from_blocks(parts)?;
-        let rows = parts.iter().map(|part| part.rows).sum();
         Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
+    }
+
+    /// Stacks matrices of e4m3 numbers along their rows, unchanged on a CUDA device; elsewhere they become bf16.
+    ///
+    /// # Errors
+    /// If the parts differ in columns, a size does not fit, or a number is NaN.
+    pub fn from_fp8(parts: &[Fp8Matrix], device: &Device) -> Result<Self> {
+        Fp8Matrix::check(parts)?;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return Self::tiled(|| crate::tiles::TiledMatrix::from_fp8(parts), device);
+        }
+        let parts = parts.iter().map(Fp8Matrix::to_tensor).collect::<Result<Vec<_>>>()?;
+        Self::stack(&parts, DType::BF16, device)
     }
 
     /// As [`Weight::stack`], row-major, which only the reference operations read.
@@ -203,7 +316,29 @@ impl Weight {
             Storage::Packed(matrix) => matrix.num_bytes(),
             Storage::Quantized(matrix) => matrix.num_bytes(),
             Storage::Dense(t) => t.elem_count() * t.dtype().size_in_bytes(),
+            #[cfg(feature = "cuda")]
+            Storage::Tiles(tiles) => tiles.num_bytes(),
         }
+    }
+
+    /// For the CUDA kernels, if it lies on such a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_cuda(&self) -> Option<crate::cuda::linear::Operand<'_>> {
+        use crate::cuda::linear::Operand;
+        match &self.storage {
+            Storage::Dense(matrix) if matrix.device().is_cuda() => Some(Operand::Dense(matrix)),
+            Storage::Tiles(tiles) => Some(Operand::Tiles(tiles)),
+            _ => None,
+        }
+    }
+
+    /// On a CUDA device, tiles that `make` lays out in host memory.
+    #[cfg(feature = "cuda")]
+    fn tiled(make: impl FnOnce() -> Result<crate::tiles::TiledMatrix>, device: &Device) -> Result<Self> {
+        let tiles = make()?;
+        let (rows, cols) = (tiles.rows, tiles.cols);
+        let tiles = crate::cuda::linear::DeviceTiles::upload(&tiles, device)?;
+        Ok(Self { rows, cols, storage: Storage::Tiles(Arc::new(tiles)) })
     }
 
     pub(crate) fn storage(&self) -> &Storage {

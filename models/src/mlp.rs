@@ -1,7 +1,7 @@
 //! The gated MLP of a layer, dense or as one expert of a mixture.
 
 use candle_core::Tensor;
-use ingle_kernels::{Activation, ops};
+use ingle_kernels::{Activation, Epilogue, ops};
 
 use crate::error::Result;
 use crate::linear::Linear;
@@ -18,7 +18,9 @@ pub(crate) struct Mlp {
 impl Mlp {
     /// `[num_tokens, hidden] -> [num_tokens, hidden]`
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate_up = self.gate_up.forward(x)?; // [T, 2 * intermediate]
-        self.down.forward(&ops::gated_activation(&gate_up, self.activation)?)
+        let Linear { weight, bias } = &self.gate_up;
+        // [T, hidden] -> [T, 2 * intermediate] -> [T, intermediate]
+        let gated = ops::linear_then(x, weight, bias.as_ref(), Epilogue::Gate(self.activation))?;
+        self.down.forward(&gated)
     }
 }

@@ -483,6 +483,8 @@ pub enum QuantizationName {
     /// Half bytes, a scale for each 32 elements: little more than a quarter of the memory of bf16; answers change
     /// noticeably in small models.
     Int4,
+    /// 8-bit floating point (e4m3), a scale for each row: half the memory of bf16; on CUDA devices only.
+    Fp8,
 }
 
 /// How cached keys and values are stored.

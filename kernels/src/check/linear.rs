@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{Checker, Pair, Random, put, tolerance};
 use crate::error::Result;
-use crate::ops;
-use crate::weight::{BlockType, Quantization, QuantizedBlocks, Weight};
+use crate::ops::{self, Activation, Epilogue};
+use crate::weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};
 
 /// Rows and columns of a matrix; columns of whole blocks, and others.
 const SHAPES: [(usize, usize); 5] = [(48, 64), (257, 96), (96, 1024), (1000, 160), (2048, 512)];
@@ -39,8 +39,38 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                 }
                 Ok(())
             });
+            if dtype == DType::F32 && !checker.device.is_cpu() {
+                continue;
+            }
+            let name = format!("linear {} by {}, alone and together", dtype.as_str(), format.name());
+            checker.run(name, 0.0, |random, device, check| company(&format, dtype, random, device, check));
         }
     }
+}
+
+/// A token's result has the same bits alone and among others, when that is asked for.
+fn company(
+    format: &Format,
+    dtype: DType,
+    random: &mut Random,
+    device: &Device,
+    check: &mut dyn FnMut(Pair) -> Result<()>,
+) -> Result<()> {
+    let before = crate::is_deterministic();
+    crate::set_deterministic(true);
+    let outcome = (|| {
+        let (weight, matrix) = format.make(256, 1024, random, device)?;
+        let x = put(&random.tensor(&[70, matrix.dim(1)?], dtype)?, dtype, device)?;
+        let together = ops::linear(&x, &weight, None)?;
+        for (first, count) in [(0, 1), (3, 2), (10, 17), (6, 64)] {
+            let found = ops::linear(&x.narrow(0, first, count)?, &weight, None)?;
+            let wanted = together.narrow(0, first, count)?;
+            check(Pair { found, wanted, case: format!("{count} of 70 tokens") })?;
+        }
+        Ok(())
+    })();
+    crate::set_deterministic(before);
+    outcome
 }
 
 /// Products with a few numbers of rows, with a bias and without, and some rows of the matrix itself.
@@ -61,6 +91,20 @@ fn products(
         let wanted = if with_bias { product.broadcast_add(&bias)? } else { product };
         check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols}") })?;
     }
+    for tokens in [1, 9, 40, 300] {
+        let (x, other) = (random.tensor(&[tokens, cols], dtype)?, random.tensor(&[tokens, rows], dtype)?);
+        let on_device = put(&x, dtype, device)?;
+        let found = ops::linear_then(&on_device, weight, None, Epilogue::Add(&put(&other, dtype, device)?))?;
+        let product = x.matmul(&matrix.t()?)?;
+        let wanted = (&product + &other)?;
+        check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols} and a residual") })?;
+        if rows.is_multiple_of(2) {
+            let found = ops::linear_then(&on_device, weight, None, Epilogue::Gate(Activation::Silu))?;
+            let (gate, up) = (product.narrow(1, 0, rows / 2)?, product.narrow(1, rows / 2, rows / 2)?);
+            let wanted = (gate.silu()? * up)?;
+            check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols}, gated") })?;
+        }
+    }
     let ids: Vec<u32> = (0..5).map(|_| random.below(rows) as u32).chain([rows as u32 - 1]).collect();
     let found = ops::embedding(&ids, weight, dtype)?;
     let wanted = matrix.index_select(&Tensor::new(ids.as_slice(), &Device::Cpu)?, 0)?;
@@ -71,12 +115,13 @@ fn products(
 enum Format {
     Rounded(Quantization),
     Blocks(BlockType),
+    Fp8,
 }
 
 fn formats(_: &Device) -> Vec<Format> {
     let rounded = [Quantization::Int8, Quantization::Int4].map(Format::Rounded);
     let blocks = [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4_1].map(Format::Blocks);
-    rounded.into_iter().chain(blocks).collect()
+    rounded.into_iter().chain(blocks).chain([Format::Fp8]).collect()
 }
 
 impl Format {
@@ -84,11 +129,16 @@ impl Format {
         match self {
             Self::Rounded(quantization) => quantization.name(),
             Self::Blocks(block_type) => block_type.name(),
+            Self::Fp8 => "fp8",
         }
     }
 
     fn allowed(&self) -> f32 {
-        2e-2
+        match self {
+            // Three bits of mantissa on both sides, and twice in a gated product.
+            Self::Fp8 => 1e-1,
+            Self::Rounded(_) | Self::Blocks(_) => 2e-2,
+        }
     }
 
     /// A weight on the device, and the numbers that its codes stand for.
@@ -107,6 +157,10 @@ impl Format {
                     Weight::quantized(&matrix, *quantization, cpu)?,
                     Weight::quantized(&matrix, *quantization, device)?,
                 )
+            }
+            Self::Fp8 => {
+                let parts = [Fp8Matrix::round(&random.tensor(&[rows, cols], DType::F32)?)?];
+                (Weight::from_fp8(&parts, cpu)?, Weight::from_fp8(&parts, device)?)
             }
             Self::Blocks(block_type) => {
                 let parts = [blocks(*block_type, rows, cols, random)];

@@ -6,6 +6,7 @@
 mod attention;
 mod elementwise;
 mod linear;
+mod sampling;
 
 use std::fmt;
 
@@ -51,6 +52,7 @@ pub fn check_ops(device: &Device, seed: u64, told: &mut dyn FnMut(&Checked)) -> 
     elementwise::check(&mut checker);
     linear::check(&mut checker);
     attention::check(&mut checker);
+    sampling::check(&mut checker);
     checker.done
 }
 

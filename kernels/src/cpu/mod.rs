@@ -40,6 +40,7 @@ pub(crate) use kv::KvStore;
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
 pub use memory::keep_freed_memory;
+pub(crate) use pool::run as in_parallel;
 pub use pool::{num_threads, set_checkpoint, set_num_threads};
 pub(crate) use quant::QuantMatrix;
 pub(crate) use quant_gemm::matmul as quant_matmul;

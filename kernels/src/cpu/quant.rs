@@ -250,6 +250,35 @@ impl QuantMatrix {
         self.cols.div_ceil(self.group)
     }
 
+    /// `[rows, cols]`.
+    pub(crate) fn dims(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// Whether a code is a byte, else half of one.
+    pub(crate) fn is_bytes(&self) -> bool {
+        self.width == CodeWidth::Byte
+    }
+
+    /// The factor on all scales.
+    pub(crate) fn unit(&self) -> f32 {
+        self.unit
+    }
+
+    /// Codes of group `group` of row `row`, counted from zero and zero after the last column, and the scale's bits.
+    /// Groups must be of [`GROUP`] columns.
+    pub(crate) fn read_group(&self, row: usize, group: usize) -> ([i32; GROUP], u16) {
+        let (panel, lane) = (row / LANES, row % LANES);
+        let panel_codes = &self.codes[panel * self.width.panel_bytes(self.depth)..];
+        let mut codes = [0; GROUP];
+        for (col, code) in (group * GROUP..self.cols.min((group + 1) * GROUP)).zip(&mut codes) {
+            let (at, shift) = self.width.place(lane, col);
+            let mask = if self.width == CodeWidth::Byte { 255 } else { 15 };
+            *code = i32::from(panel_codes[at] >> shift & mask) - self.zero;
+        }
+        (codes, self.scales[(panel * self.num_groups() + group) * LANES + lane])
+    }
+
     /// Copies row `idx` into `out` (`cols` elements).
     pub(crate) fn read_row(&self, idx: usize, out: &mut Unwritten) {
         let (panel, lane) = (idx / LANES, idx % LANES);

@@ -8,6 +8,8 @@
 pub(crate) mod attention;
 pub(crate) mod elementwise;
 pub(crate) mod graph;
+pub(crate) mod linear;
 mod module;
+pub(crate) mod sampling;
 pub(crate) mod step;
 pub(crate) mod tensor;

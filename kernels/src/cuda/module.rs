@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
+    CudaFunction, CudaModule, CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{DeviceId, WrapErr};
@@ -14,6 +15,7 @@ use candle_core::cuda_backend::{DeviceId, WrapErr};
 use super::attention::AttentionArgs;
 use super::elementwise::RotateStoreArgs;
 use crate::error::{Result, argument};
+use crate::tiles::LinearArgs;
 
 /// A source file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -21,6 +23,11 @@ pub(super) enum File {
     AttentionDecode,
     AttentionPrefill,
     Elementwise,
+    LinearBf16,
+    LinearF16,
+    LinearFp8,
+    Sampling,
+    Unpack,
 }
 
 impl File {
@@ -29,6 +36,11 @@ impl File {
             Self::AttentionDecode => include_bytes!(concat!(env!("OUT_DIR"), "/attention_decode.fatbin")),
             Self::AttentionPrefill => include_bytes!(concat!(env!("OUT_DIR"), "/attention_prefill.fatbin")),
             Self::Elementwise => include_bytes!(concat!(env!("OUT_DIR"), "/elementwise.fatbin")),
+            Self::LinearBf16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_bf16.fatbin")),
+            Self::LinearF16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_f16.fatbin")),
+            Self::LinearFp8 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_fp8.fatbin")),
+            Self::Sampling => include_bytes!(concat!(env!("OUT_DIR"), "/sampling.fatbin")),
+            Self::Unpack => include_bytes!(concat!(env!("OUT_DIR"), "/unpack.fatbin")),
         }
     }
 }
@@ -38,6 +50,7 @@ struct Loaded {
     modules: HashMap<(DeviceId, File), Arc<CudaModule>>,
     functions: HashMap<DeviceId, HashMap<String, CudaFunction>>,
     multiprocessors: HashMap<DeviceId, usize>,
+    computes_fp8: HashMap<DeviceId, bool>,
 }
 
 thread_local! {
@@ -85,6 +98,18 @@ pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     })
 }
 
+/// Whether the device's tensor cores multiply e4m3 numbers.
+pub(super) fn computes_fp8(device: &CudaDevice) -> Result<bool> {
+    LOADED.with_borrow_mut(|loaded| {
+        if let Some(computes) = loaded.computes_fp8.get(&device.id()) {
+            return Ok(*computes);
+        }
+        let computes = device.cuda_stream().context().compute_capability().w()? >= (8, 9);
+        loaded.computes_fp8.insert(device.id(), computes);
+        Ok(computes)
+    })
+}
+
 /// Launches kernel `name` with `arguments`, each of exactly the type that the kernel declares.
 ///
 /// # Safety
@@ -106,6 +131,7 @@ pub(super) unsafe fn launch(
             Argument::F32(x) => builder.arg(x),
             Argument::Attention(x) => builder.arg(x),
             Argument::RotateStore(x) => builder.arg(x),
+            Argument::Linear(x) => builder.arg(x),
         };
     }
     let config = LaunchConfig {
@@ -125,14 +151,22 @@ pub(super) enum Argument {
     F32(f32),
     Attention(AttentionArgs),
     RotateStore(RotateStoreArgs),
+    Linear(LinearArgs),
 }
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for RotateStoreArgs {}
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for LinearArgs {}
 
 /// Where `slice` begins.
 pub(super) fn address<T>(device: &CudaDevice, slice: &CudaSlice<T>) -> u64 {
     slice.device_ptr(&device.cuda_stream()).0
+}
+
+/// As [`address`], to write to.
+pub(super) fn address_mut<T>(device: &CudaDevice, slice: &mut CudaSlice<T>) -> u64 {
+    slice.device_ptr_mut(&device.cuda_stream()).0
 }

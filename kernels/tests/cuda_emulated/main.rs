@@ -11,3 +11,5 @@
 mod attention;
 mod elementwise;
 mod harness;
+mod linear;
+mod sampling;

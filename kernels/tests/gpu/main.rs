@@ -5,6 +5,7 @@
 //! Inputs differ from run to run; `INGLE_SEED` repeats those of one.
 
 #![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
 
 mod attention;
 mod elementwise;

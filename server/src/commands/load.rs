@@ -278,6 +278,7 @@ pub(super) fn quantization(name: QuantizationName) -> Option<Quantization> {
         QuantizationName::None => None,
         QuantizationName::Int8 => Some(Quantization::Int8),
         QuantizationName::Int4 => Some(Quantization::Int4),
+        QuantizationName::Fp8 => Some(Quantization::Fp8),
     }
 }
 
@@ -356,10 +357,7 @@ fn report(
 }
 
 fn quantization_name(quantization: Quantization) -> &'static str {
-    match quantization {
-        Quantization::Int8 => "int8",
-        Quantization::Int4 => "int4",
-    }
+    quantization.name()
 }
 
 /// What a client may see of `name`: the id, or the last part of a path.

@@ -260,3 +260,51 @@ proptest! {
         prop_assert_eq!(id, pick(&row, &params, &spec));
     }
 }
+
+/// What devices sample by is the same rule: same random number, same token.
+#[test]
+fn rows_for_devices_choose_the_same_tokens() {
+    use ingle_models::{SampleRow, sample_row};
+    use rand::Rng;
+
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for case in 0..3000_usize {
+        let vocab = rng.random_range(1..400_usize);
+        // Every other row in steps of an eighth, as bf16 logits often are: many are equal.
+        let row: Vec<f32> = (0..vocab)
+            .map(|_| rng.random_range(-6.0..6.0_f32))
+            .map(|logit| if case % 2 == 0 { logit } else { (logit * 8.0).round() / 8.0 })
+            .collect();
+        let mut ids = |count| -> Vec<u32> { (0..count).map(|_| rng.random_range(0..440)).collect() };
+        let (prompt, output, banned, biased) = (ids(case % 7), ids(case % 11), ids(case % 4), ids(case % 3));
+        let mut pick = |values: &[f32]| values[rng.random_range(0..values.len())];
+        let sampling = SamplingParams {
+            temperature: pick(&[0.0, 0.3, 1.0, 1.7]),
+            top_p: pick(&[1.0, 1.0, 0.95, 0.5, 0.01]),
+            top_k: pick(&[0.0, 0.0, 1.0, 20.0, 300.0]) as u32,
+            min_p: pick(&[0.0, 0.0, 0.05, 1.0]),
+            repetition_penalty: pick(&[1.0, 1.3, 0.7]),
+            presence_penalty: pick(&[0.0, 0.0, 0.5]),
+            frequency_penalty: pick(&[0.0, 0.0, -0.4]),
+            logit_bias: biased.iter().map(|id| (*id, pick(&[-100.0, -1.0, 3.5]))).collect(),
+            ..SamplingParams::default()
+        };
+        let spec = SampleSpec { choice: 0, num_output: output.len(), output, seed: case as u64, banned };
+        let device_row = SampleRow {
+            temperature: (!sampling.is_greedy()).then_some(sampling.temperature),
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            prompt: &prompt,
+            output: &spec.output,
+            banned: &spec.banned,
+            logit_bias: &sampling.logit_bias,
+            uniform: uniform(&spec),
+        };
+        let (wanted, _) = pick_with(&row, &sampling, &prompt, &spec);
+        assert_eq!(sample_row(&mut row.clone(), &device_row), Some(wanted), "case {case}: {device_row:?}");
+    }
+}
