@@ -10,7 +10,8 @@
 //!
 //! Between threads, terms are added in the order of the ranks, so a token's result depends neither on its batch mates nor on
 //! the rank that is asked; it differs from that of one device by the rounding of those sums. NCCL gives all ranks the
-//! same sum, but picks the order of its terms by the size of the step.
+//! same sum, but picks the order of its terms by the size of the step; where results must be deterministic, all terms are gathered
+//! instead and added in order.
 
 mod communicator;
 mod group;

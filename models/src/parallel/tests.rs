@@ -98,6 +98,7 @@ fn what_cannot_be_divided_is_refused() {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some with one")]
 fn only_the_bytes_of_a_part_are_read() {
     let source = FolderSource::open(&fixture("llama")).expect("the fixture");
     let name = "model.layers.1.self_attn.o_proj.weight";
