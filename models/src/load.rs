@@ -155,7 +155,7 @@ fn placement(
     let activation_dtype = if options.device.is_cpu() { DType::F32 } else { dtype };
     Ok(Placement {
         quantization: options.quantization,
-        keep_blocks: options.dtype.is_none() && options.quantization.is_none() && options.device.is_cpu(),
+        keep_blocks: options.dtype.is_none() && options.quantization.is_none() && !options.device.is_metal(),
         dtype,
         activation_dtype,
         kv_dtype: options.kv_cache_dtype.or(KvDtype::of(dtype)).unwrap_or(KvDtype::F32),

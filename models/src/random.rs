@@ -100,22 +100,28 @@ impl TensorSource for MadeUpSource {
     }
 }
 
+/// Numbers after which a tensor repeats itself: more of them would only take longer to make.
+const PERIOD: usize = (1 << 20) + 7;
+
 /// Even numbers from -0.035 to 0.035, whose deviation is the 0.02 that models are usually initialised with.
 fn numbers(seed: u64, count: usize) -> Vec<bf16> {
     let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
     let mut values = Vec::with_capacity(count);
-    while values.len() < count {
+    while values.len() < count.min(PERIOD) {
         // xorshift: good enough for numbers that are only multiplied.
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         let four = [state, state >> 16, state >> 32, state >> 48];
-        let left = count - values.len();
+        let left = count.min(PERIOD) - values.len();
         values.extend(
             four.iter()
                 .take(left)
                 .map(|word| bf16::from_f32(f32::from(*word as u16 as i16) * (0.035 / 32768.0))),
         );
+    }
+    while values.len() < count {
+        values.extend_from_within(..PERIOD.min(count - values.len()));
     }
     values
 }
@@ -128,6 +134,8 @@ mod tests {
     fn numbers_are_small_even_and_repeatable() {
         assert_eq!(numbers(1, 1001), numbers(1, 1001));
         assert_ne!(numbers(1, 1001), numbers(2, 1001));
+        let long = numbers(3, 2 * PERIOD + 5);
+        assert!(long.len() == 2 * PERIOD + 5 && long[..5] == long[2 * PERIOD..]);
         let values: Vec<f64> = numbers(7, 100_001).into_iter().map(|x| f64::from(x.to_f32())).collect();
         assert_eq!(values.len(), 100_001);
         let mean = values.iter().sum::<f64>() / values.len() as f64;

@@ -91,8 +91,9 @@ pub struct ModelArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded, for less memory and more speed (CPU only). A quantised GGUF
-    /// file needs no flag (Q8_0, Q4_0 and Q4_1 are computed as they are stored), nor does a GPTQ, AWQ or FP8 checkpoint.
+    /// Round the weights to fewer bits while they are loaded, for less memory and more speed (not with Metal). A
+    /// quantised GGUF file needs no flag (Q8_0, Q4_0 and Q4_1 are computed as they are stored), nor does a GPTQ, AWQ or
+    /// FP8 checkpoint.
     #[arg(long, env = "INGLE_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
     /// Type of cached keys and values; auto: that of the weights (bf16 for quantised ones).
@@ -106,6 +107,10 @@ pub struct ModelArgs {
     /// than one and there to try it.
     #[arg(long, env = "INGLE_TENSOR_PARALLEL_SIZE", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub tensor_parallel_size: u32,
+    /// On a GPU, too, give a sequence the same bits whatever shares its batch: one kernel for all sizes of batch, which is
+    /// slower. On the CPU it is always so.
+    #[arg(long, env = "INGLE_DETERMINISTIC", num_args = 0..=1, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub deterministic: bool,
     /// Threads that compute; 0: all processors this process may use.
     #[arg(long, env = "INGLE_THREADS", default_value_t = 0)]
     pub threads: usize,
@@ -168,7 +173,7 @@ pub struct EncoderArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
     pub embedding_dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded (CPU only).
+    /// Round the weights to fewer bits while they are loaded (not with Metal).
     #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
     pub embedding_quantization: QuantizationName,
     /// Tokens of one batch at most. Batches are cut shorter than that by the speed measured.
@@ -233,7 +238,7 @@ pub struct EmbedArgs {
     /// Type of the weights in memory; auto: as stored in the checkpoint.
     #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
-    /// Round the weights to fewer bits while they are loaded (CPU only).
+    /// Round the weights to fewer bits while they are loaded (not with Metal).
     #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
     pub quantization: QuantizationName,
     /// Where to compute: `cpu`, the NVIDIA GPU `cuda` or `cuda:N`, `metal`; auto: the first GPU that can be used, else

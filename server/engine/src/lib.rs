@@ -26,9 +26,8 @@ mod scripted;
 mod sequence;
 mod stats;
 
+pub use ingle_models::{Checked, check::check_models, check_ops, gpu, set_deterministic};
 /// How the model under the engine is found, loaded and computed; users of the engine need no other crate.
-pub use ingle_models::gpu;
-pub use ingle_models::{Checked, check::check_models, check_ops};
 pub use ingle_models::{
     ConvertDtype, ConvertOptions, ConvertProgress, ConvertReport, GgufText, Isa, KvDtype, LoadProgress,
     Progress, Quantization, convert, gguf_text_files, isa, num_threads, probe, set_num_threads,

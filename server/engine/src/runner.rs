@@ -8,6 +8,7 @@
 
 mod batch;
 mod memory;
+mod on_device;
 mod recovery;
 
 use std::path::Path;
@@ -122,6 +123,8 @@ pub struct ModelRunner {
     max_model_len: usize,
     max_num_seqs: usize,
     timings: LoadTimings,
+    /// Tokens are chosen where the logits are.
+    chooses_on_device: bool,
     /// Why the device can no longer be used.
     lost: Option<String>,
 }
@@ -174,6 +177,7 @@ impl ModelRunner {
             max_model_len: longest.min(cached.saturating_add(1)),
             max_num_seqs: options.max_num_seqs,
             timings: LoadTimings { weights: Duration::ZERO, cache: begin.elapsed() },
+            chooses_on_device: model.device().is_cuda(),
             lost: None,
             model,
         })
@@ -262,10 +266,22 @@ impl ModelRunner {
             let wrong = format!("logits are {rows} x {width}, wanted {num_rows} rows");
             return Err(StepError::plan(BackendError::Step(wrong)));
         }
-        let mut logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let chosen = if self.chooses_on_device {
+            on_device::choose(plan, &counts, &logits, self.vocab_size)?
+        } else {
+            vec![None; plan.seqs.len()]
+        };
+        let mut logits = match on_device::rest(&logits, &counts, &chosen)? {
+            Some(rows) => rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
+            None => Vec::new(),
+        };
         let mut rest = &mut logits[..];
         let mut seqs = Vec::with_capacity(plan.seqs.len());
-        for (part, count) in plan.seqs.iter().zip(counts) {
+        for ((part, count), chosen) in plan.seqs.iter().zip(counts).zip(chosen) {
+            if chosen.is_some() {
+                seqs.push(SeqOutput { sampled: chosen, prompt_logprobs: Vec::new() });
+                continue;
+            }
             let (rows, later) = std::mem::take(&mut rest).split_at_mut(count * width);
             rest = later;
             seqs.push(self.outputs(part, rows, width));

@@ -148,7 +148,7 @@ fn sorted_ids<'a>(ids: impl Iterator<Item = &'a u32>) -> Vec<u32> {
 }
 
 /// A number in `[0, 1)` for this seed, choice and position.
-fn uniform(spec: &SampleSpec) -> f64 {
+pub(crate) fn uniform(spec: &SampleSpec) -> f64 {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&spec.seed.to_le_bytes());
     key[8..16].copy_from_slice(&u64::from(spec.choice).to_le_bytes());

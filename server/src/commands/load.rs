@@ -137,6 +137,7 @@ pub(super) fn load(
 
 /// How the weights are loaded, without anybody watching.
 pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
+    ingle_engine::set_deterministic(args.deterministic);
     Ok(LoadOptions {
         dtype: float_type(args.dtype),
         quantization: quantization(args.quantization),

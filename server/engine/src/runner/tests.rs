@@ -258,3 +258,38 @@ fn memory_is_measured_on_gpus_only() {
     // The largest step: all its tokens, and the logits of all of them.
     assert_eq!(seen.lock().expect("one thread")[0].logit_rows, [0, 1, 2, 3, 4, 5, 6, 7]);
 }
+
+#[test]
+fn tokens_are_the_same_wherever_they_are_chosen() {
+    let mut plan = four();
+    // Some want log probabilities, some a draw, one is in the middle of its prompt, one gives NaN.
+    for (idx, (temperature, logprobs, seed)) in
+        [(0.0, None, 0), (1.5, None, 1), (1.5, Some(1), 1), (0.7, None, 2)].into_iter().enumerate()
+    {
+        let part = &mut plan.seqs[idx];
+        let mut request = part.req.get().clone();
+        request.sampling = SamplingParams { temperature, logprobs, top_p: 0.9, ..SamplingParams::default() };
+        let limits =
+            Limits { vocab_size: 10, max_model_len: 100, max_n: 1, max_logprobs: 5, max_token_list: 5 };
+        part.req = Arc::new(request.validate(&limits).expect("valid"));
+        part.sample.as_mut().expect("sampled").seed = seed;
+    }
+    plan.seqs.push(part(&[1, 7], 0, 2, &[6], false));
+    plan.seqs.push(part(&[1, 2, 3], 0, 2, &[7], false));
+    for seed in 0..20 {
+        for part in &mut plan.seqs {
+            if let Some(spec) = &mut part.sample {
+                spec.seed += seed;
+            }
+        }
+        let run = |on_device: bool| {
+            let mut runner = runner(KvBudget::Blocks(20)).0.expect("a runner");
+            runner.chooses_on_device = on_device;
+            runner.execute(&plan).expect("a step")
+        };
+        let (there, here) = (run(true), run(false));
+        assert_eq!(there, here);
+        assert_eq!(there.seqs[4].sampled, Some(SampleResult::NonFinite));
+        assert!(there.seqs[5].sampled.is_none());
+    }
+}
