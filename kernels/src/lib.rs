@@ -20,6 +20,8 @@ mod error;
 mod fp8;
 pub mod gpu;
 mod kv_layer;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 pub mod ops;
 pub mod reference;
 #[doc(hidden)]

@@ -48,6 +48,8 @@ pub struct LoadOptions {
     /// Longest sequence the model will be run with; `None`: what its config says. Longrope models (Phi-3) rotate
     /// positions for short or for long contexts by it.
     pub max_model_len: Option<usize>,
+    /// Devices, or threads on the CPU, that the model is divided over; 1: it is not. `device` is the first of them.
+    pub tensor_parallel_size: usize,
     /// Whether decode steps on a GPU are recorded once as CUDA graphs and replayed.
     pub step_graphs: bool,
     /// Told of each tensor as it is loaded.
@@ -63,6 +65,7 @@ impl Default for LoadOptions {
             kv_cache_dtype: None,
             device: Device::Cpu,
             max_model_len: None,
+            tensor_parallel_size: 1,
             step_graphs: true,
             progress: None,
         }
@@ -119,8 +122,8 @@ pub struct ModelInfo {
     pub weight_format: String,
     /// How keys and values are cached.
     pub kv_dtype: KvDtype,
-    /// Bytes of weights in device memory.
+    /// Bytes of weights in device memory, all devices together.
     pub weight_bytes: usize,
-    /// Bytes of one token's keys and values over all layers.
+    /// Bytes of one token's keys and values over all layers, on one device.
     pub kv_bytes_per_token: usize,
 }

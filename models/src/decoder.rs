@@ -16,6 +16,7 @@ use crate::linear::Linear;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
+use crate::parallel::{Communicator, Rank};
 use crate::rope::Rope;
 use crate::{Batch, KvCache};
 
@@ -37,6 +38,8 @@ pub(crate) struct Decoder {
     kv_dtype: KvDtype,
     device: Device,
     info: ModelInfo,
+    /// `None`: the model is on one device. Otherwise `config` is that of the rank.
+    rank: Option<Rank>,
     #[cfg(feature = "cuda")]
     graphs: crate::cuda_graph::StepGraphs,
 }
@@ -105,6 +108,7 @@ impl Decoder {
         loader: &mut Loader<'_>,
         placement: &Placement,
         mut info: ModelInfo,
+        rank: Option<Rank>,
     ) -> Result<Self> {
         let embedding = loader.matrix(&spec.embedding)?;
         let layers = spec.layers.iter().enumerate();
@@ -127,7 +131,9 @@ impl Decoder {
         let graphs = {
             // Experts are chosen on the host, between kernels.
             let on_the_device = spec.layers.iter().all(|layer| matches!(layer.mlp, MlpSpec::Dense { .. }));
-            let wanted = placement.step_graphs && on_the_device && placement.device.is_cuda();
+            // Ranks do not know whether all others replay: one that fell back alone would wait for them.
+            let alone = rank.is_none() && placement.device.is_cuda();
+            let wanted = placement.step_graphs && on_the_device && alone;
             crate::cuda_graph::StepGraphs::new(wanted, placement.max_len)
         };
         Ok(Self {
@@ -146,7 +152,21 @@ impl Decoder {
             kv_dtype: placement.kv_dtype,
             device: placement.device.clone(),
             info,
+            rank,
         })
+    }
+
+    /// The exchange with other ranks, if there are any.
+    pub(crate) fn communicator(&self) -> Option<&dyn Communicator> {
+        self.rank.as_ref().map(|rank| &*rank.communicator)
+    }
+
+    /// The sum over all ranks of what each has computed with its share of a layer.
+    fn reduced(&self, x: Tensor) -> Result<Tensor> {
+        match &self.rank {
+            Some(rank) => rank.communicator.all_reduce_sum(&x),
+            None => Ok(x),
+        }
     }
 
     pub(crate) fn logits(&self, hidden: &Tensor, logit_rows: &[u32]) -> Result<Tensor> {
@@ -161,6 +181,9 @@ impl Decoder {
         };
         let hidden = ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?;
         let mut logits = ops::linear(&hidden, &self.head, None)?.to_dtype(DType::F32)?; // [R, vocab]
+        if let Some(rank) = &self.rank {
+            logits = rank.logits(&logits)?;
+        }
         if self.config.logits_divisor != 1.0 {
             logits = (logits / self.config.logits_divisor)?;
         }
@@ -206,7 +229,10 @@ impl Decoder {
     }
 
     pub(crate) fn embed(&self, input_ids: &[u32]) -> Result<Tensor> {
-        let hidden = ops::embedding(input_ids, &self.embedding, self.dtype)?; // [T, hidden]
+        let hidden = match &self.rank {
+            Some(rank) => rank.embedding(input_ids, &self.embedding, self.dtype)?,
+            None => ops::embedding(input_ids, &self.embedding, self.dtype)?,
+        }; // [T, hidden]
         scaled(hidden, self.embedding_scale)
     }
 
@@ -221,7 +247,8 @@ impl Decoder {
         for (idx, layer) in self.layers.iter().enumerate() {
             let x;
             (hidden, x) = self.join(hidden, part, layer.attn_pre_norm.as_ref())?;
-            let x = layer.attention.forward(&x, keys(idx), tables, &self.config)?;
+            let x = layer.attention.forward(&x, keys(idx), tables, &self.config, self.rank.as_ref())?;
+            let x = self.reduced(x)?;
             part = Some(normed(&x, layer.attn_post_norm.as_ref(), &self.config)?);
 
             let x;
@@ -230,6 +257,7 @@ impl Decoder {
                 LayerMlp::Dense(mlp) => mlp.forward(&x)?,
                 LayerMlp::Moe(moe) => moe.forward(&x)?,
             };
+            let x = self.reduced(x)?;
             part = Some(normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?);
         }
         Ok(self.join(hidden, part, None)?.0)
@@ -323,6 +351,7 @@ impl Attention {
         keys: Keys<'_>,
         tables: &[RopeTables],
         config: &DecoderConfig,
+        rank: Option<&Rank>,
     ) -> Result<Tensor> {
         let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
         let (tokens, _) = x.dims2()?;
@@ -335,8 +364,8 @@ impl Attention {
 
         let mut norms = self.q_norm.as_ref().zip(self.k_norm.as_ref());
         if let Some((q_norm, k_norm)) = norms.filter(|_| config.qk_norm == QkNorm::FullWidth) {
-            q = norm_heads(&q, q_norm, config)?;
-            k = norm_heads(&k, k_norm, config)?;
+            q = norm_heads(&q, q_norm, config, rank.map(|rank| (rank, 1)))?;
+            k = norm_heads(&k, k_norm, config, rank.map(|rank| (rank, rank.kv_replicas)))?;
             norms = None;
         }
         let rotation = self.rope.map(|rope| &tables[rope]);
@@ -348,8 +377,8 @@ impl Attention {
             }
             Keys::OwnStep { cu_seqlens, causal } => {
                 if let Some((q_norm, k_norm)) = norms {
-                    q = norm_heads(&q, q_norm, config)?;
-                    k = norm_heads(&k, k_norm, config)?;
+                    q = norm_heads(&q, q_norm, config, None)?;
+                    k = norm_heads(&k, k_norm, config, None)?;
                 }
                 if let Some(tables) = rotation {
                     q = ops::rope(&q, tables)?;
@@ -375,9 +404,18 @@ impl Attention {
     }
 }
 
-/// Norm of queries or keys `[T, heads, head_dim]`.
-fn norm_heads(x: &Tensor, weight: &Tensor, config: &DecoderConfig) -> Result<Tensor> {
+/// Norm of queries or keys `[T, heads, head_dim]`; so many ranks in a row hold the same heads.
+fn norm_heads(
+    x: &Tensor,
+    weight: &Tensor,
+    config: &DecoderConfig,
+    rank: Option<(&Rank, usize)>,
+) -> Result<Tensor> {
     let shape = x.dims3()?;
+    if let (QkNorm::FullWidth, Some((rank, replicas))) = (config.qk_norm, rank) {
+        let x = x.reshape((shape.0, shape.1 * shape.2))?;
+        return Ok(rank.full_width_norm(&x, weight, config.rms_norm_eps, replicas)?.reshape(shape)?);
+    }
     let rows = match config.qk_norm {
         QkNorm::FullWidth => x.reshape((shape.0, shape.1 * shape.2))?,
         QkNorm::PerHead | QkNorm::None => x.reshape((shape.0 * shape.1, shape.2))?,

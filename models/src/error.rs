@@ -32,6 +32,9 @@ pub enum Error {
     /// The step's batch contradicts itself or the model: a fault of the caller.
     #[error("batch: {0}")]
     Batch(String),
+    /// The ranks of a model over several devices could not finish a step together.
+    #[error("tensor parallelism: {0}")]
+    Parallel(String),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] ingle_kernels::Error),

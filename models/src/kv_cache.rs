@@ -13,6 +13,10 @@ pub struct KvCache {
     layers: Vec<KvLayer>,
     num_blocks: usize,
     block_size: usize,
+    /// Of a model over several ranks: their parts, each with the rank's own heads. Lent to the ranks for a step.
+    ranks: Vec<KvCache>,
+    /// Of a part: its rank.
+    rank: usize,
 }
 
 impl KvCache {
@@ -41,7 +45,42 @@ impl KvCache {
             layers,
             num_blocks,
             block_size,
+            ranks: Vec::new(),
+            rank: 0,
         })
+    }
+
+    /// The cache of a model over several ranks.
+    pub(crate) fn of_ranks(ranks: Vec<Self>, num_blocks: usize, block_size: usize) -> Self {
+        Self {
+            #[cfg(feature = "cuda")]
+            id: next_id(),
+            layers: Vec::new(),
+            num_blocks,
+            block_size,
+            ranks,
+            rank: 0,
+        }
+    }
+
+    /// This cache as the part of rank `rank`.
+    pub(crate) fn of_rank(self, rank: usize) -> Self {
+        Self { rank, ..self }
+    }
+
+    /// Whose part this is.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The parts of all ranks, for a step.
+    pub(crate) fn take_ranks(&mut self) -> Vec<Self> {
+        std::mem::take(&mut self.ranks)
+    }
+
+    /// The parts after a step, in the order of the ranks.
+    pub(crate) fn put_ranks(&mut self, ranks: Vec<Self>) {
+        self.ranks = ranks;
     }
 
     /// Tells this cache from all others of the process.
@@ -63,7 +102,7 @@ impl KvCache {
     /// Number of layers.
     #[must_use]
     pub fn num_layers(&self) -> usize {
-        self.layers.len()
+        self.ranks.first().map_or(self.layers.len(), Self::num_layers)
     }
 
     /// Number of blocks.

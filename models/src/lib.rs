@@ -24,6 +24,7 @@ mod load;
 mod loader;
 mod mlp;
 mod moe;
+mod parallel;
 mod prequant;
 mod random;
 mod registry;

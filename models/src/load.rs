@@ -19,6 +19,7 @@ use crate::gguf;
 use crate::json::{ConfigJson, read_object};
 use crate::layout::{ModelSpec, TensorSpec};
 use crate::loader::Loader;
+use crate::parallel::{self, Communicator, Place, Rank, ShardedSource, Shards};
 use crate::prequant::{QuantisedSource, Scheme};
 use crate::registry::decoder_config;
 use crate::source::TensorSource;
@@ -31,24 +32,35 @@ use crate::weights::FolderSource;
 /// # Errors
 /// Names the file and what is wrong with it; [`crate::Error::UnknownArchitecture`] lists the known ones.
 pub fn load_causal_lm(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        load_gguf(path, options)
-    } else {
-        load_folder(path, options)
+    match options.tensor_parallel_size {
+        0 | 1 => Ok(Box::new(load_decoder(path, options, None)?)),
+        _ => Ok(Box::new(parallel::load(path, options)?)),
     }
 }
 
-fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+/// As [`load_causal_lm`]; with a place among other ranks, only that rank's share.
+pub(crate) fn load_decoder(path: &Path, options: &LoadOptions, place: Option<RankPlace>) -> Result<Decoder> {
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        load_gguf(path, options, place)
+    } else {
+        load_folder(path, options, place)
+    }
+}
+
+/// A rank, and what connects it with the others.
+pub(crate) type RankPlace = (Place, Box<dyn Communicator>);
+
+fn load_gguf(path: &Path, options: &LoadOptions, place: Option<RankPlace>) -> Result<Decoder> {
     let model = gguf::open(path)?;
     let object = |value| match value {
         Value::Object(object) => object,
         _ => Map::new(),
     };
     let (config, generation) = (object(model.config), object(model.generation_config));
-    load_parts((path, &config), (path, &generation), || Ok(Box::new(model.source)), options)
+    load_parts((path, &config), (path, &generation), || Ok(Box::new(model.source)), options, place)
 }
 
-fn load_folder(folder: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>> {
+fn load_folder(folder: &Path, options: &LoadOptions, place: Option<RankPlace>) -> Result<Decoder> {
     let config_path = folder.join("config.json");
     let config = read_object(&config_path)?;
     let generation_path = folder.join("generation_config.json");
@@ -60,7 +72,7 @@ fn load_folder(folder: &Path, options: &LoadOptions) -> Result<Box<dyn CausalLm>
             None => Box::new(FolderSource::open(folder)?),
         })
     };
-    load_parts((&config_path, &config), (&generation_path, &generation), open, options)
+    load_parts((&config_path, &config), (&generation_path, &generation), open, options, place)
 }
 
 /// Loads a model from its config.json and generation_config.json, each with the path that messages name, and the
@@ -70,16 +82,28 @@ pub(crate) fn load_parts(
     generation: (&Path, &Map<String, Value>),
     open: impl FnOnce() -> Result<Box<dyn TensorSource>>,
     options: &LoadOptions,
-) -> Result<Box<dyn CausalLm>> {
+    place: Option<RankPlace>,
+) -> Result<Decoder> {
     let (json, generation) =
         (ConfigJson::new(config.0, config.1), ConfigJson::new(generation.0, generation.1));
-    let config = decoder_config(&json)?;
-    let source = open()?;
+    let mut config = decoder_config(&json)?;
+    let mut source = open()?;
+    let spec = ModelSpec::new(&config, &*source);
+    let num_parameters = spec.check(&*source)?;
+    let mut rank = None;
+    if let Some((place, communicator)) = place {
+        let vocab_size = config.vocab_size;
+        let shards = Shards::new(&mut config, &spec, place, &json)?;
+        let (vocab, kv_replicas) = (shards.vocab.clone(), shards.kv_replicas);
+        rank = Some(Rank { communicator, vocab, vocab_size, kv_replicas });
+        source = Box::new(ShardedSource::new(source, shards));
+    }
     let source = &*source;
-    let spec = ModelSpec::new(&config, source);
-    let num_parameters = spec.check(source)?;
+    let own_parameters = spec.tensors().iter().map(|spec| elements(spec, source)).sum();
     let placement = placement(&config, &json, &spec, source, options)?;
-    check_bytes(source, needed_bytes(&spec, source, &placement), &placement, available_memory())?;
+    // Each rank asks for its own share: others may have begun to take theirs.
+    let needed = needed_bytes(&spec, source, &placement);
+    check_bytes(source, needed, &placement, available_memory())?;
 
     let info = ModelInfo {
         architecture: config.architecture.clone(),
@@ -101,9 +125,9 @@ pub(crate) fn load_parts(
         &placement,
         config.unit_offset_norms,
         options.progress.as_ref().map(|progress| &*progress.0),
-        (spec.tensors().len(), num_parameters),
+        (spec.tensors().len(), own_parameters),
     );
-    Ok(Box::new(Decoder::load(config, &spec, &mut loader, &placement, info)?))
+    Decoder::load(config, &spec, &mut loader, &placement, info, rank)
 }
 
 fn placement(
@@ -186,8 +210,7 @@ pub(crate) fn check_memory(
 /// Bytes that the tensors of `spec` take at most.
 fn needed_bytes(spec: &ModelSpec, source: &dyn TensorSource, placement: &Placement) -> usize {
     let bytes = |spec: &&TensorSpec| {
-        // The spec has been checked: the product fits.
-        let elements = spec.shape.iter().product();
+        let elements = elements(spec, source);
         match placement.quantization {
             None if !placement.keep_blocks || source.block_format(&spec.name).is_none() => {
                 elements_bytes(elements, placement.dtype)
@@ -196,6 +219,11 @@ fn needed_bytes(spec: &ModelSpec, source: &dyn TensorSource, placement: &Placeme
         }
     };
     spec.tensors().iter().map(bytes).fold(0, usize::saturating_add)
+}
+
+/// Elements of a tensor that has been checked: the product fits.
+fn elements(spec: &TensorSpec, source: &dyn TensorSource) -> usize {
+    source.shape(&spec.name).unwrap_or(&spec.shape).iter().product()
 }
 
 fn elements_bytes(elements: usize, dtype: DType) -> usize {

@@ -50,7 +50,8 @@ pub fn made_up_causal_lm(
         serde_json::from_str(config).map_err(|error| invalid(path, error.to_string()))?;
     let tensors = tensors.into_iter().map(|tensor| (tensor.name, (tensor.shape, tensor.fill))).collect();
     let source = MadeUpSource { tensors, seed, made: Mutex::default() };
-    load_parts((path, &config), (path, &Map::new()), || Ok(Box::new(source)), options)
+    let open = || -> Result<Box<dyn TensorSource>> { Ok(Box::new(source)) };
+    Ok(Box::new(load_parts((path, &config), (path, &Map::new()), open, options, None)?))
 }
 
 /// Shape and content.

@@ -1,5 +1,6 @@
 //! Where tensors come from.
 
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -81,6 +82,16 @@ pub trait TensorSource {
     /// # Errors
     /// If it is absent or its bytes cannot be read.
     fn load(&self, name: &str) -> Result<Tensor>;
+
+    /// As [`TensorSource::load`], of dimension `dim` only these ranges, one after another. They lie within the shape.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load`].
+    fn load_part(&self, name: &str, dim: usize, ranges: &[Range<usize>]) -> Result<Tensor> {
+        let tensor = self.load(name)?;
+        let parts = ranges.iter().map(|range| tensor.narrow(dim, range.start, range.len()));
+        Ok(Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, dim)?)
+    }
 
     /// As [`TensorSource::load`], onto `device`.
     ///

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -159,7 +160,7 @@ impl FolderSource {
             let message = format!("tensor {name:?} is stored as {}, not as {}", entry.dtype, types[0]);
             return Err(invalid(&shard.path, message));
         }
-        read::<T>(shard, entry, entry.shape.iter().product())
+        read::<T>(shard, entry, &[(0, entry.shape.iter().product())])
     }
 
     fn located(&self, name: &str) -> Result<(&Shard, &Entry)> {
@@ -200,17 +201,12 @@ impl TensorSource for FolderSource {
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {
-        let dtype = self.dtype(name)?;
-        let (shard, entry) = self.located(name)?;
-        let shape = entry.shape.as_slice();
-        let elements: usize = shape.iter().product();
-        Ok(match dtype {
-            Some(DType::BF16) => {
-                Tensor::from_vec(read::<bf16>(shard, entry, elements)?, shape, &Device::Cpu)?
-            }
-            Some(DType::F16) => Tensor::from_vec(read::<f16>(shard, entry, elements)?, shape, &Device::Cpu)?,
-            _ => Tensor::from_vec(read::<f32>(shard, entry, elements)?, shape, &Device::Cpu)?,
-        })
+        // Everything of the first dimension, or of a scalar's none.
+        self.load_ranges(name, None)
+    }
+
+    fn load_part(&self, name: &str, dim: usize, ranges: &[Range<usize>]) -> Result<Tensor> {
+        self.load_ranges(name, Some((dim, ranges)))
     }
 
     fn load_on(&self, name: &str, device: &Device) -> Result<Tensor> {
@@ -229,14 +225,52 @@ impl TensorSource for FolderSource {
     }
 }
 
-/// Reads the bytes of `entry` as elements; the file is little-endian, as are the machines we build for.
-fn read<T: bytemuck::Pod>(shard: &Shard, entry: &Entry, elements: usize) -> Result<Vec<T>> {
-    let mut values = vec![T::zeroed(); elements];
-    let offset = shard.data_start + entry.begin;
-    shard
-        .file
-        .read_exact_at(bytemuck::cast_slice_mut(&mut values), offset)
-        .map_err(|source| Error::Io { path: shard.path.clone(), source })?;
+impl FolderSource {
+    /// A tensor, or ranges of one of its dimensions: only their bytes are read.
+    fn load_ranges(&self, name: &str, part: Option<(usize, &[Range<usize>])>) -> Result<Tensor> {
+        let dtype = self.dtype(name)?;
+        let (shard, entry) = self.located(name)?;
+        let mut shape = entry.shape.clone();
+        let elements: usize = shape.iter().product();
+        // Runs of elements that lie side by side in the file: where each begins, and how long it is.
+        let mut runs = vec![(0, elements)];
+        if let Some((dim, ranges)) = part {
+            let Some(size) = shape.get(dim).copied() else {
+                return Err(invalid(&shard.path, format!("tensor {name:?} has no dimension {dim}")));
+            };
+            if let Some(range) = ranges.iter().find(|range| range.start > range.end || range.end > size) {
+                return Err(invalid(&shard.path, format!("tensor {name:?} has {size} of {range:?}")));
+            }
+            let inner: usize = shape[dim + 1..].iter().product();
+            let outer: usize = shape[..dim].iter().product();
+            let run =
+                |idx: usize, range: &Range<usize>| ((idx * size + range.start) * inner, range.len() * inner);
+            runs = (0..outer).flat_map(|idx| ranges.iter().map(move |range| run(idx, range))).collect();
+            shape[dim] = ranges.iter().map(Range::len).sum();
+        }
+        Ok(match dtype {
+            Some(DType::BF16) => Tensor::from_vec(read::<bf16>(shard, entry, &runs)?, shape, &Device::Cpu)?,
+            Some(DType::F16) => Tensor::from_vec(read::<f16>(shard, entry, &runs)?, shape, &Device::Cpu)?,
+            _ => Tensor::from_vec(read::<f32>(shard, entry, &runs)?, shape, &Device::Cpu)?,
+        })
+    }
+}
+
+/// Reads runs of elements of `entry` (first and number), one after another; the file is little-endian, as are the
+/// machines we build for.
+fn read<T: bytemuck::Pod>(shard: &Shard, entry: &Entry, runs: &[(usize, usize)]) -> Result<Vec<T>> {
+    let mut values = vec![T::zeroed(); runs.iter().map(|(_, len)| len).sum()];
+    let mut rest = values.as_mut_slice();
+    for (first, len) in runs {
+        let (run, later) = rest.split_at_mut(*len);
+        rest = later;
+        // Within the entry, whose bytes the header's check has counted.
+        let offset = shard.data_start + entry.begin + (first * size_of::<T>()) as u64;
+        shard
+            .file
+            .read_exact_at(bytemuck::cast_slice_mut(run), offset)
+            .map_err(|source| Error::Io { path: shard.path.clone(), source })?;
+    }
     Ok(values)
 }
 

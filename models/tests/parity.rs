@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Driver, Prompt, argmax, distance, fixture, load, logprob, prompts};
+use common::{Driver, Prompt, argmax, distance, fixture, load, load_over, logprob, prompts};
 use ingle_models::CausalLm;
 
 /// Logits, a row a token.
@@ -12,6 +12,15 @@ type Rows = Vec<Vec<f32>>;
 /// Against transformers, whose sums run in another order.
 const REFERENCE_TOLERANCE: f32 = 1e-4;
 
+macro_rules! max_len {
+    () => {
+        None
+    };
+    ($len:expr) => {
+        Some($len)
+    };
+}
+
 macro_rules! parity {
     ($($name:ident $(($max_model_len:expr))?),+ $(,)?) => {
         $(#[test]
@@ -19,8 +28,11 @@ macro_rules! parity {
             #[allow(unused_mut, unused_assignments)]
             let mut max_model_len = None;
             $(max_model_len = Some($max_model_len);)?
-            check(stringify!($name), max_model_len);
+            check(stringify!($name), stringify!($name), &*load(stringify!($name), max_model_len));
         })+
+
+        /// Every fixture, with the longest sequence that it is loaded for.
+        const FIXTURES: &[(&str, Option<usize>)] = &[$((stringify!($name), max_len!($($max_model_len)?))),+];
 
         #[test]
         fn every_fixture_has_its_test() {
@@ -75,8 +87,28 @@ parity! {
     smollm3,
 }
 
-fn check(name: &str, max_model_len: Option<usize>) {
-    let model = load(name, max_model_len);
+/// Divided over ranks, sums run in yet another order; how work is cut into steps still changes no bit.
+fn check_over(ranks: usize) {
+    for (name, max_model_len) in FIXTURES {
+        let model = load_over(name, *max_model_len, ranks);
+        let whole = load(name, *max_model_len);
+        assert_eq!(model.info().num_parameters, whole.info().num_parameters);
+        check(&format!("{name} over {ranks} ranks"), name, &*model);
+    }
+}
+
+#[test]
+fn every_fixture_over_two_ranks() {
+    check_over(2);
+}
+
+/// More ranks than key/value heads: most fixtures have two.
+#[test]
+fn every_fixture_over_four_ranks() {
+    check_over(4);
+}
+
+fn check(what: &str, name: &str, model: &dyn CausalLm) {
     let prompts = prompts(name);
     assert!(prompts.len() >= 2);
     let total: usize = prompts.iter().map(|p| p.input_ids.len() + p.greedy.len()).sum();
@@ -85,11 +117,11 @@ fn check(name: &str, max_model_len: Option<usize>) {
 
     let mut decoded = Vec::new();
     for prompt in &prompts {
-        let (rows, decode_rows) = check_alone(name, &*model, prompt, slots);
-        check_chunks(name, &*model, prompt, &rows, slots);
+        let (rows, decode_rows) = check_alone(what, model, prompt, slots);
+        check_chunks(what, model, prompt, &rows, slots);
         decoded.push(decode_rows);
     }
-    check_together(name, &*model, &prompts, &decoded, slots);
+    check_together(what, model, &prompts, &decoded, slots);
 }
 
 /// The whole prompt at once, then token by token, against the reference. Returns the logits of every prompt token, and

@@ -71,6 +71,26 @@ fn what_is_asked_for_wins_over_the_checkpoint() {
     }
 }
 
+#[test]
+fn blocks_are_divided_over_ranks() {
+    for (name, format) in [
+        ("llama_awq", "AWQ int4 g128, f16"),
+        // 48 of 96 inputs are no whole number of blocks.
+        ("llama_gptq", "GPTQ int4 g32, int8 (from GPTQ int4 g32), f16"),
+        ("llama_fp8", "bf16 (from FP8), bf16"),
+    ] {
+        let options = LoadOptions { tensor_parallel_size: 2, ..LoadOptions::default() };
+        let divided = load(&fixture(name), &options);
+        let mut formats: Vec<_> = divided.info().weight_format.split(", ").collect();
+        let mut want: Vec<_> = format.split(", ").collect();
+        formats.sort_unstable();
+        want.sort_unstable();
+        assert_eq!(formats, want, "{name}");
+        let exact = load(&fixture(name), &LoadOptions { dtype: Some(DType::F32), ..LoadOptions::default() });
+        assert_close(name, &logits(&*divided, name), &logits(&*exact, name), 0.06);
+    }
+}
+
 /// Writes `bytes` over the start of a tensor's data, at `offset` of it.
 fn overwrite(folder: &Path, tensor: &str, offset: u64, bytes: &[u8]) {
     let path = folder.join("model.safetensors");

@@ -103,6 +103,10 @@ pub struct ModelArgs {
     /// the CPU (`ingle doctor` tells why not).
     #[arg(long, env = "INGLE_DEVICE", default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceName,
+    /// GPUs of this machine that the model is divided over. On the CPU as many threads hold a share each, which is slower
+    /// than one and there to try it.
+    #[arg(long, env = "INGLE_TENSOR_PARALLEL_SIZE", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub tensor_parallel_size: u32,
     /// On a GPU, too, give a sequence the same bits whatever shares its batch: one kernel for all sizes of batch, which is
     /// slower. On the CPU it is always so.
     #[arg(long, env = "INGLE_DETERMINISTIC", num_args = 0..=1, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set)]

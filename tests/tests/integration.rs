@@ -3,6 +3,7 @@
 mod batching_equivalence;
 mod bench;
 mod cancellation;
+mod checkpoints;
 mod cli;
 mod drills;
 mod embed_command;
@@ -23,6 +24,7 @@ mod shutdown;
 mod smollm2;
 mod start_errors;
 mod streaming;
+mod tensor_parallel;
 mod tidy;
 mod tier;
 

@@ -12,8 +12,9 @@ pub enum Fault {
     Other,
 }
 
-/// Codes after which a context is of no use any more, as the driver names them.
-const LOST: [&str; 21] = [
+/// Codes after which a context is of no use any more, as the driver names them; those after which an exchange between GPUs
+/// is not, as NCCL does; and the call that ends one.
+const LOST: [&str; 26] = [
     "CUDA_ERROR_DEINITIALIZED",
     "CUDA_ERROR_DEVICE_UNAVAILABLE",
     "CUDA_ERROR_INVALID_CONTEXT",
@@ -35,6 +36,11 @@ const LOST: [&str; 21] = [
     "CUDA_ERROR_EXTERNAL_DEVICE",
     "CUDA_ERROR_SYSTEM_NOT_READY",
     "CUDA_ERROR_UNKNOWN",
+    "ncclUnhandledCudaError",
+    "ncclSystemError",
+    "ncclInternalError",
+    "ncclRemoteError",
+    "ncclCommAbort",
 ];
 
 /// Allocations that failed, as the driver, its runtime and cuBLAS name them.
@@ -79,6 +85,9 @@ mod tests {
             // Launching with too many threads harms nothing.
             ("DriverError(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, \"too many resources\")", Fault::Other),
             ("CUDA_ERROR_ASSERTION", Fault::Other),
+            ("NcclRank: ncclCommAbort has ended the exchange between the GPUs", Fault::Lost),
+            ("NcclRank: NCCL says ncclRemoteError", Fault::Lost),
+            ("NcclRank: NCCL says ncclInvalidArgument", Fault::Other),
             ("unexpected rank, expected: 2", Fault::Other),
             ("", Fault::Other),
         ] {

@@ -102,7 +102,7 @@ impl DecoderEmbedder {
             weight_bytes: 0,
             kv_bytes_per_token: 0,
         };
-        Ok(Self { decoder: Decoder::load(config, spec, loader, placement, info)?, causal })
+        Ok(Self { decoder: Decoder::load(config, spec, loader, placement, info, None)?, causal })
     }
 
     /// Vectors of all tokens, `[num_tokens, hidden]`.

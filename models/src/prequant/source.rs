@@ -1,6 +1,7 @@
 //! The tensors of a quantised checkpoint, each projection under the one name it would have had.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -288,5 +289,14 @@ impl TensorSource for QuantisedSource {
             }
         };
         Ok(Tensor::from_vec(values, matrix.shape.as_slice(), &Device::Cpu)?)
+    }
+
+    fn load_part(&self, name: &str, dim: usize, ranges: &[Range<usize>]) -> Result<Tensor> {
+        if !self.matrices.contains_key(name) {
+            return self.folder.load_part(name, dim, ranges);
+        }
+        let tensor = self.load(name)?;
+        let parts = ranges.iter().map(|range| tensor.narrow(dim, range.start, range.len()));
+        Ok(Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, dim)?)
     }
 }

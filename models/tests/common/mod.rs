@@ -17,7 +17,17 @@ pub fn fixture(name: &str) -> PathBuf {
 
 /// A fixture's model in f32.
 pub fn load(name: &str, max_model_len: Option<usize>) -> Box<dyn CausalLm> {
-    let options = LoadOptions { dtype: Some(DType::F32), max_model_len, ..LoadOptions::default() };
+    load_over(name, max_model_len, 1)
+}
+
+/// A fixture's model in f32, divided over so many ranks.
+pub fn load_over(name: &str, max_model_len: Option<usize>, tensor_parallel_size: usize) -> Box<dyn CausalLm> {
+    let options = LoadOptions {
+        dtype: Some(DType::F32),
+        max_model_len,
+        tensor_parallel_size,
+        ..LoadOptions::default()
+    };
     load_causal_lm(&fixture(name), &options).expect("the fixture loads")
 }
 

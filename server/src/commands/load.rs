@@ -99,7 +99,7 @@ pub(super) fn load(
             runner.max_model_len()
         );
     }
-    let report = report(&path, &info, &runner, &device, &text);
+    let report = report(&path, &info, &runner, (&device, args.tensor_parallel_size), &text);
     let config = runner.engine_config(EngineConfig {
         max_num_batched_tokens: step_tokens(args, &device),
         max_num_queued_reqs: sizes.max_num_queued_reqs,
@@ -153,6 +153,7 @@ pub(super) fn load_options(args: &ModelArgs) -> anyhow::Result<LoadOptions> {
         device: device(args.device)?,
         step_graphs: true,
         max_model_len: args.max_model_len,
+        tensor_parallel_size: args.tensor_parallel_size as usize,
         progress: None,
     })
 }
@@ -320,7 +321,7 @@ fn report(
     path: &Path,
     info: &ModelInfo,
     runner: &ModelRunner,
-    device: &Device,
+    (device, ranks): (&Device, u32),
     text: &TextModel,
 ) -> Vec<String> {
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
@@ -330,6 +331,7 @@ fn report(
         }
         device => gpu::device_name(device),
     };
+    let place = if ranks > 1 { format!("{place}, {ranks} ranks") } else { place };
     vec![
         format!("model      {} from {}", info.architecture, path.display()),
         format!(
