@@ -7,7 +7,7 @@ use super::matrix::{PackedMatrix, Panels};
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, amx, isa};
-use super::{OutPtr, Rows, Unwritten, dispatch, pool};
+use super::{OutPtr, Rows, Unwritten, dispatch, pool, store_outputs};
 
 /// Rows of a block at most; more would not leave registers for the operands.
 const MAX_BLOCK_ROWS: usize = 12;
@@ -313,23 +313,7 @@ impl<R: Copy> Tile<'_, R> {
             for (m, sums) in sums.iter().enumerate() {
                 for (n, sum) in sums.iter().enumerate() {
                     let column = (panel + n) * LANES;
-                    let width = LANES.min(num_rows - column);
-                    if width == LANES {
-                        let mut sum = *sum;
-                        if let Some(bias) = bias {
-                            sum = S::add(sum, S::load(bias[column..][..LANES].as_ptr()));
-                        }
-                        S::store(y.slice((first + m) * num_rows + column, LANES).as_mut_ptr(), sum);
-                        continue;
-                    }
-                    // The last panel may have fewer rows than lanes.
-                    let mut values = S::to_array(*sum);
-                    if let Some(bias) = bias {
-                        for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
-                            *value += bias;
-                        }
-                    }
-                    y.slice((first + m) * num_rows + column, width).copy_from_slice(&values[..width]);
+                    store_outputs::<S>(*sum, bias, y, (first + m) * num_rows, (column, num_rows));
                 }
             }
         }

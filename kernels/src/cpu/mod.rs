@@ -104,6 +104,42 @@ impl<T> OutPtr<T> {
     }
 }
 
+/// Stores the outputs of a row from `column` on, sixteen or as many as there are of `num_columns`, with their bias. The row
+/// begins at `row_start` of `y`.
+///
+/// # Safety
+/// These outputs lie in `y` and are nobody else's; `bias` has `num_columns` elements; the instruction set of `S`.
+#[inline(always)]
+unsafe fn store_outputs<S: simd::Simd>(
+    outputs: S::V,
+    bias: Option<&[f32]>,
+    y: OutPtr<f32>,
+    row_start: usize,
+    (column, num_columns): (usize, usize),
+) {
+    use simd::LANES;
+    let width = LANES.min(num_columns - column);
+    // SAFETY: given by the caller.
+    unsafe {
+        if width == LANES {
+            let outputs = match bias {
+                Some(bias) => S::add(outputs, S::load(bias[column..][..LANES].as_ptr())),
+                None => outputs,
+            };
+            S::store(y.slice(row_start + column, LANES).as_mut_ptr(), outputs);
+            return;
+        }
+        // The last panel may have fewer rows than lanes.
+        let mut values = S::to_array(outputs);
+        if let Some(bias) = bias {
+            for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
+                *value += bias;
+            }
+        }
+        y.slice(row_start + column, width).copy_from_slice(&values[..width]);
+    }
+}
+
 /// An output that a kernel has not written yet.
 pub(crate) type Unwritten = [std::mem::MaybeUninit<f32>];
 

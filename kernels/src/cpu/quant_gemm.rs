@@ -11,7 +11,7 @@ use super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, amx::bytes, isa};
-use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool};
+use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool, store_outputs};
 
 /// Panels that one group of accumulators spans at most.
 const PANEL_GROUP: usize = 8;
@@ -457,25 +457,8 @@ impl Tile<'_> {
             for (m, outputs) in outputs.iter().enumerate() {
                 for (n, output) in outputs.iter().enumerate() {
                     let column = (self.panel + n) * LANES;
-                    let width = LANES.min(w.rows - column);
                     let output = S::mul(*output, S::splat(w.unit));
-                    let at = (self.first + m) * w.rows + column;
-                    if width == LANES {
-                        let output = match bias {
-                            Some(bias) => S::add(output, S::load(bias[column..][..LANES].as_ptr())),
-                            None => output,
-                        };
-                        S::store(y.slice(at, LANES).as_mut_ptr(), output);
-                        continue;
-                    }
-                    // The last panel may have fewer rows than lanes.
-                    let mut values = S::to_array(output);
-                    if let Some(bias) = bias {
-                        for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
-                            *value += bias;
-                        }
-                    }
-                    y.slice(at, width).copy_from_slice(&values[..width]);
+                    store_outputs::<S>(output, bias, y, (self.first + m) * w.rows, (column, w.rows));
                 }
             }
         }

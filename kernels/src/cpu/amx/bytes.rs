@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
 use super::super::quant_gemm::weights_of;
 use super::super::simd::{LANES, Simd};
-use super::super::{OutPtr, dispatch};
+use super::super::{OutPtr, dispatch, store_outputs};
 use super::{TILE_BYTES, TILE_ROWS, TileConfig, load_config, release};
 
 /// Rows from which a tile is expected to be faster than vectors: what it costs does not depend on how many it has.
@@ -220,29 +220,12 @@ unsafe fn block<S: Simd>(job: &Job<'_>, codes: &[Line], panel: usize, row: usize
             }
         }
         let column = panel * LANES;
-        let width = LANES.min(w.rows - column);
         let rows = TILE_ROWS.min(x.num_rows - row);
         for (m, output) in outputs.iter().enumerate().take(rows) {
             let (column_of_largest, value) = x.largest[row + m];
             let weights = weights_of::<S>(w, panel, column_of_largest as usize);
             let output = S::mul(S::fma(S::splat(value), weights, *output), S::splat(w.unit));
-            let at = (row + m) * w.rows + column;
-            if width == LANES {
-                let output = match bias {
-                    Some(bias) => S::add(output, S::load(bias[column..][..LANES].as_ptr())),
-                    None => output,
-                };
-                S::store(y.slice(at, LANES).as_mut_ptr(), output);
-                continue;
-            }
-            // The last panel may have fewer rows than lanes.
-            let mut values = S::to_array(output);
-            if let Some(bias) = bias {
-                for (value, bias) in values.iter_mut().zip(&bias[column..][..width]) {
-                    *value += bias;
-                }
-            }
-            y.slice(at, width).copy_from_slice(&values[..width]);
+            store_outputs::<S>(output, bias, y, (row + m) * w.rows, (column, w.rows));
         }
     }
 }
