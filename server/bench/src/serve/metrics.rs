@@ -142,7 +142,8 @@ pub(crate) fn metrics(runs: &[Run], slo: Option<&Slo>) -> Map<String, Value> {
     put(
         "client",
         json!({
-            "cpu_seconds": round(cpu),
+            // A small load costs less than a millisecond.
+            "cpu_seconds": (cpu * 1e6).round() / 1e6,
             "cpu_share_of_one_core": round(if duration > 0.0 { cpu / duration } else { 0.0 }),
             "cpu_us_per_output_token": round(cpu * 1e6 / tokens),
             "timer_delay_p50_ms": worst(|run| run.overhead.delay_p50),
