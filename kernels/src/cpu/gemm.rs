@@ -6,7 +6,7 @@
 use super::matrix::{PackedMatrix, Panels};
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::{Isa, amx, isa};
+use super::{Isa, amx, half_gemm, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool, store_outputs};
 
 /// Rows of a block at most; more would not leave registers for the operands.
@@ -26,24 +26,18 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     if let (Isa::Amx, Panels::Bf16(data)) = (isa(), &w.panels) {
         return amx::matmul(x, w, data, bias, y);
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Panels::Half(panels) = &w.panels {
+        return half_gemm::matmul(x, panels, w.rows, bias, y);
+    }
     let blocks = Blocks::new(x, w.depth);
-    // Enough pieces for all threads to end together, each long enough to be worth claiming.
-    let num_panels = w.num_panels();
-    let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool_threads()).max(1);
-    let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP);
     let y_ptr = OutPtr::new(y);
-    pool::run(num_panels.div_ceil(per_piece), |piece| {
-        let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
-        run_piece(&blocks, w, bias, y_ptr, panels);
-    });
+    let pieces = pool::cut(w.num_panels(), 2, PANEL_GROUP);
+    pool::run(pieces.len(), |piece| run_piece(&blocks, w, bias, y_ptr, pieces[piece].clone()));
 }
 
 /// Panels that one group of accumulators spans at most.
 const PANEL_GROUP: usize = 8;
-
-fn pool_threads() -> usize {
-    pool::num_threads()
-}
 
 /// The rows of x in blocks, each block transposed to `[k][rows]` so that the kernel reads one stream.
 struct Blocks {
@@ -123,6 +117,8 @@ unsafe fn piece<S: Simd>(
             Panels::F32(data) => groups::<S, F32>(blocks, w, data, bias, y, panels),
             Panels::Bf16(data) => groups::<S, Bf16>(blocks, w, data, bias, y, panels),
             Panels::F16(data) => groups::<S, F16>(blocks, w, data, bias, y, panels),
+            #[cfg(target_arch = "x86_64")]
+            Panels::Half(_) => unreachable!("has a kernel of its own"),
         }
     }
 }

@@ -9,6 +9,10 @@ pub enum Isa {
     /// many rows, for attention over caches of bf16 and bytes (queries are then rounded). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// Multiply-adds of 16-bit floats for bf16 and f16 weights (sums of at most 128 products, then f32). All else as
+    /// `Avx512Vnni`.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Fp16,
     /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -46,6 +50,9 @@ impl Isa {
                 if super::amx::is_available() {
                     sets.push(Self::Amx);
                 }
+                if is_x86_feature_detected!("avx512fp16") {
+                    sets.push(Self::Avx512Fp16);
+                }
                 sets.push(Self::Avx512Vnni);
             }
             if avx2 && avx512 {
@@ -76,6 +83,10 @@ impl Isa {
                  matrix unit; few rows with byte dot products, the rest in vectors"
             }
             #[cfg(target_arch = "x86_64")]
+            Self::Avx512Fp16 => {
+                "bf16 and f16 weights by 16-bit floats, their sums in f32; int8 and int4 weights with byte dot products"
+            }
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 "f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products"
             }
@@ -99,6 +110,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Fp16 => "avx512-fp16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]

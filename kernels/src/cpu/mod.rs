@@ -1,8 +1,8 @@
 //! Our own CPU kernels.
 //!
 //! They are written once over [`simd::Simd`], a vector of sixteen f32 lanes, and [`dot::Dot`], dot products of bytes, and
-//! compiled for each instruction set that a processor may have; [`isa`] picks one at start. Only AMX tiles have a kernel
-//! of their own. Work is cut into independent pieces for the [`pool`].
+//! compiled for each instruction set that a processor may have; [`isa`] picks one at start. Only AMX tiles and 16-bit floats
+//! have kernels of their own. Work is cut into independent pieces for the [`pool`].
 //!
 //! **Batch invariance.** Every output element is summed in one fixed order over the inner dimension, whatever the blocking around it: a row's result has the same bits alone and among any other rows, in one
 //! prefill or in chunks, with any number of threads.
@@ -18,6 +18,8 @@ mod buffer;
 mod dot;
 mod elementwise;
 mod gemm;
+#[cfg(target_arch = "x86_64")]
+mod half_gemm;
 mod isa;
 mod kv;
 mod layer_norm;
@@ -180,11 +182,14 @@ macro_rules! dispatch {
             unsafe { $func::<$crate::cpu::neon::Neon>($($name),*) }
         }
         match $crate::cpu::isa() {
-            // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Amx => unsafe {
-                avx512($($arg),*)
-            },
+            $crate::cpu::Isa::Avx512
+            | $crate::cpu::Isa::Avx512Vnni
+            | $crate::cpu::Isa::Avx512Fp16
+            | $crate::cpu::Isa::Amx => {
+                // SAFETY: `isa()` returns a set only after detecting its features on this processor.
+                unsafe { avx512($($arg),*) }
+            }
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -222,7 +227,9 @@ macro_rules! dispatch_dot {
         match $crate::cpu::isa() {
             // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Amx => unsafe { vnni($($arg),*) },
+            $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Avx512Fp16 | $crate::cpu::Isa::Amx => unsafe {
+                vnni($($arg),*)
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },

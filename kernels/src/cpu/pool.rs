@@ -10,6 +10,7 @@
 //! An idle process uses no processor time.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -57,6 +58,26 @@ pub(crate) fn run(num_pieces: usize, piece: impl Fn(usize) + Sync) {
         });
         pool().run(num_pieces, &piece);
     });
+}
+
+/// Cuts `count` items into pieces for [`run`] that get smaller towards the end, so that all threads end together: multiples
+/// of `group` items while much is left, then powers of two down to `unit` (the last may be smaller).
+pub(super) fn cut(count: usize, unit: usize, group: usize) -> Vec<Range<usize>> {
+    cut_for(num_threads(), count, unit, group)
+}
+
+fn cut_for(threads: usize, count: usize, unit: usize, group: usize) -> Vec<Range<usize>> {
+    let mut pieces = Vec::new();
+    let mut first = 0;
+    while first < count {
+        // Half of an equal share of what is left: whoever is late with one has its other half to make up for it.
+        let share = (count - first) / (2 * threads);
+        let len = if share >= group { share / group * group } else { 1 << share.max(unit).ilog2() };
+        let end = count.min(first + len);
+        pieces.push(first..end);
+        first = end;
+    }
+    pieces
 }
 
 type Checkpoint = Box<dyn Fn()>;
@@ -273,6 +294,28 @@ fn work(shared: &'static Shared, asleep: &'static AtomicBool) {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn pieces_cover_all_and_get_smaller() {
+        for threads in [1, 2, 3, 16] {
+            for (unit, group) in [(1, 8), (2, 8)] {
+                for count in [0, 1, 2, 3, 7, 18, 36, 96, 97, 3072] {
+                    let pieces = super::cut_for(threads, count, unit, group);
+                    let mut end = 0;
+                    for piece in &pieces {
+                        assert!(piece.start == end && piece.end > end);
+                        end = piece.end;
+                    }
+                    assert_eq!(end, count);
+                    assert!(pieces.is_sorted_by_key(|piece| std::cmp::Reverse(piece.len())));
+                    assert!(pieces.len() <= 8 * threads * (count.max(2).ilog2() as usize));
+                }
+            }
+        }
+        let lens =
+            |pieces: Vec<std::ops::Range<usize>>| pieces.iter().map(std::ops::Range::len).collect::<Vec<_>>();
+        assert_eq!(lens(super::cut_for(2, 18, 1, 8)), [4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]);
+    }
+
     use super::*;
 
     #[test]

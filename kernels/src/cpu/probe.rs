@@ -149,6 +149,10 @@ pub fn matrix_rates() -> Vec<MatrixRate> {
             // SAFETY: the processor has the features.
             rates.push(rate("bf16 avx512-dot", |n| unsafe { dot_bf16(n) }));
         }
+        if is_x86_feature_detected!("avx512fp16") {
+            // SAFETY: the processor has the features.
+            rates.push(rate("f16 avx512-fma", |n| unsafe { fma_f16(n) }));
+        }
         if is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the processor has the features.
             rates.push(rate("int8 avx512-vnni", |n| unsafe { dot_int8(n) }));
@@ -218,6 +222,23 @@ fn dot_bf16(rounds: usize) -> usize {
     for _ in 0..rounds {
         for sum in &mut sums {
             *sum = _mm512_dpbf16_ps(*sum, a, b);
+        }
+    }
+    black_box(sums);
+    ACCUMULATORS * 32 * 2
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512fp16")]
+fn fma_f16(rounds: usize) -> usize {
+    use std::arch::x86_64::{_mm512_castsi512_ph, _mm512_fmadd_ph, _mm512_set1_epi16};
+    // One half and one quarter.
+    let a = black_box(_mm512_castsi512_ph(_mm512_set1_epi16(0x3800)));
+    let b = black_box(_mm512_castsi512_ph(_mm512_set1_epi16(0x3400)));
+    let mut sums = [a; ACCUMULATORS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ph(a, b, *sum);
         }
     }
     black_box(sums);

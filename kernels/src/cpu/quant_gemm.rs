@@ -41,13 +41,10 @@ pub(super) fn product(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mu
     #[cfg(target_arch = "x86_64")]
     let tiled_rows =
         (tiled > 0).then(|| bytes::TiledRows::new(tiled, &x.codes, &x.scales, &x.totals, &x.largest, w));
-    let num_panels = w.num_panels();
-    // Enough pieces for all threads to end together, each long enough to be worth claiming.
-    let pieces = num_panels.div_ceil(PANEL_GROUP).min(8 * pool::num_threads()).max(1);
-    let per_piece = num_panels.div_ceil(pieces).next_multiple_of(PANEL_GROUP / 2);
+    let pieces = pool::cut(w.num_panels(), 2, PANEL_GROUP);
     let job = Job { x: &x, first_row: tiled, w, bias, y: OutPtr::new(y) };
-    pool::run(num_panels.div_ceil(per_piece), |piece| {
-        let panels = piece * per_piece..((piece + 1) * per_piece).min(num_panels);
+    pool::run(pieces.len(), |piece| {
+        let panels = pieces[piece].clone();
         let job = &job;
         #[cfg(target_arch = "x86_64")]
         if let Some(x) = &tiled_rows {

@@ -52,7 +52,7 @@ fn tiles_give_the_formula_and_no_row_depends_on_another() {
     for (n, k) in [(1, 1), (16, 32), (17, 33), (40, 64), (70, 100), (96, 576)] {
         let w = numbers(7, n * k);
         let matrix = Tensor::from_vec(w.clone(), (n, k), &Device::Cpu).expect("a tensor");
-        let packed = PackedMatrix::pack(&[matrix], DType::BF16).expect("packs");
+        let packed = PackedMatrix::pack_panels(&[matrix], DType::BF16).expect("packs");
         let bias = numbers(9, n);
         let x = numbers(8, 70 * k);
         let all = product(&x, 70, &packed, Some(&bias));
