@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -10,17 +9,17 @@ use ingle_tests::{Launch, Run, TinyModel, ingle};
 use serde_json::{Value, json};
 
 /// The JSON of a file.
-fn read(path: &std::path::Path) -> Value {
+pub(crate) fn read(path: &std::path::Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).expect("the result is there")).expect("it is JSON")
 }
 
-fn done(run: &Run) -> &Run {
+pub(crate) fn done(run: &Run) -> &Run {
     assert_eq!(run.code, Some(0), "{run:?}");
     run
 }
 
 /// A server that answers with what `script` makes of the number, path and body of a request. Returns its URL.
-fn scripted(script: impl Fn(usize, &str, &Value) -> Reply + Send + Sync + 'static) -> String {
+pub(crate) fn scripted(script: impl Fn(usize, &str, &Value) -> Reply + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let url = format!("http://{}", listener.local_addr().expect("bound"));
     let script = std::sync::Arc::new((script, AtomicUsize::new(0)));
@@ -64,7 +63,7 @@ fn request(reader: &mut impl BufRead) -> Option<(String, Value)> {
     Some((path, serde_json::from_slice(&body).unwrap_or_default()))
 }
 
-enum Reply {
+pub(crate) enum Reply {
     Json(u16, Value),
     /// Events, and whether the stream is ended as it should be.
     Events(Vec<String>, bool),
@@ -97,7 +96,7 @@ impl Reply {
     }
 
     /// `tokens` tokens and their usage.
-    fn answer(tokens: usize) -> Self {
+    pub(crate) fn answer(tokens: usize) -> Self {
         let mut events: Vec<String> = (0..tokens)
             .map(|_| json!({"choices": [{"text": "a", "finish_reason": null}]}).to_string())
             .collect();
@@ -110,7 +109,7 @@ impl Reply {
     }
 }
 
-fn models() -> Reply {
+pub(crate) fn models() -> Reply {
     Reply::Json(200, json!({"data": [{"id": "scripted"}]}))
 }
 
@@ -482,90 +481,3 @@ fn a_comparison_fails_on_regressions_only() {
     assert!(done(&compare(&alike)).stdout.contains("same"));
     assert!(done(&ingle(&["bench", "--compare", &slower, &before])).stdout.contains("better"));
 }
-
-/// The page in a real browser, as wide as a phone: all plots are drawn, nothing is cut off, the console is silent.
-#[tokio::test]
-async fn the_report_is_read_in_a_browser() {
-    let names = ["chromium", "chromium-browser", "google-chrome"];
-    let found = names.iter().find(|name| Command::new(name).arg("--version").output().is_ok());
-    let Some(browser) = found else {
-        println!("SKIPPED: the report in a browser, because none of {names:?} is installed");
-        return;
-    };
-    let server = Launch::tiny().start().await;
-    let folder = tempfile::tempdir().expect("a folder");
-    let page = folder.path().join("report.html");
-    let args = [
-        "bench",
-        "serve",
-        "--url",
-        &server.url(""),
-        "-c",
-        "1,3",
-        "-n",
-        "4",
-        "--input-len",
-        "12",
-        "--output-len",
-        "6",
-        "-q",
-    ];
-    done(&ingle(&[&args[..], &["--html", page.to_str().expect("plain")]].concat()));
-    let report = std::fs::read_to_string(&page).expect("the page is there");
-    for width in [390, 1100] {
-        // The report in a frame of the wanted width, and a script outside it that looks in.
-        let frame = report.replace('&', "&amp;").replace('"', "&quot;");
-        let outer = format!(
-            "<!doctype html><body style=\"margin:0\"><iframe id=\"f\" style=\"width:{width}px;height:900px;border:0\" srcdoc=\"{frame}\"></iframe><pre id=\"found\"></pre><script>{LOOK}</script>"
-        );
-        let file = folder.path().join(format!("outer-{width}.html"));
-        std::fs::write(&file, outer).expect("written");
-        let output = Command::new(browser)
-            .args([
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--window-size=1300,1000",
-                "--enable-logging=stderr",
-            ])
-            .arg(format!("--user-data-dir={}", folder.path().join(format!("profile-{width}")).display()))
-            .args(["--virtual-time-budget=10000", "--dump-dom"])
-            .arg(format!("file://{}", file.display()))
-            .output()
-            .expect("the browser runs");
-        let dom = String::from_utf8_lossy(&output.stdout);
-        let log = String::from_utf8_lossy(&output.stderr);
-        let found = dom.split_once("<pre id=\"found\">").and_then(|(_, rest)| rest.split_once("</pre>"));
-        let found: Value = found
-            .and_then(|(text, _)| serde_json::from_str(text).ok())
-            .unwrap_or_else(|| panic!("the script found nothing: {log}"));
-        assert_eq!(found["plots"], 5, "plots that are seen: {found}");
-        assert_eq!(found["empty"], 0, "plots without a line: {found}");
-        assert!(found["width"].as_f64() <= found["window"].as_f64(), "wider than the screen: {found}");
-        assert!(found["smallest_text"].as_f64() >= Some(9.0), "text too small to read: {found}");
-        assert_eq!(found["errors"], json!([]));
-        assert!(!log.contains("CONSOLE"), "{log}");
-    }
-}
-
-/// Runs in the browser beside the report.
-const LOOK: &str = r#"
-const errors = [];
-window.onerror = (message) => errors.push(String(message));
-const frame = document.getElementById("f");
-frame.onload = () => {
-  const inner = frame.contentDocument;
-  const seen = [...inner.querySelectorAll("svg")].filter((svg) => svg.getBoundingClientRect().width > 100);
-  const scale = (svg) => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-  const lines = (svg) => [...svg.querySelectorAll("polyline")].filter((line) => line.getTotalLength() > 5).length;
-  const texts = seen.flatMap((svg) => [...svg.querySelectorAll("text")].map((text) => parseFloat(getComputedStyle(text).fontSize) * scale(svg)));
-  document.getElementById("found").textContent = JSON.stringify({
-    plots: seen.length,
-    empty: seen.filter((svg) => lines(svg) === 0).length,
-    width: inner.documentElement.scrollWidth,
-    window: frame.contentWindow.innerWidth,
-    smallest_text: Math.min(...texts),
-    errors,
-  });
-};
-"#;

@@ -275,3 +275,43 @@ async fn metrics_count_what_was_computed() {
     assert_eq!(metrics.get("te_request_duration_count"), 1.0);
     assert!(metrics.get("ingle_encoder_weight_bytes") > 0.0);
 }
+
+/// The tokenizer's routes know every model: a client counts tokens for the one it will ask.
+#[tokio::test]
+async fn texts_are_tokenised_as_the_encoder_reads_them() {
+    let folders = ["bert", "xlm_roberta"].map(encoder).join(",");
+    let server = serve(&["--embedding-model", &folders]).await;
+    for name in ["bert", "xlm_roberta"] {
+        for record in records(name).iter().take(3) {
+            let asked = json!({"model": name, "prompt": record["text"], "return_token_strs": true});
+            let body = server.post("/tokenize", &asked).await.ok().clone();
+            assert_eq!(body["tokens"], record["input_ids"], "{name}: {}", record["text"]);
+            assert_eq!(body["token_strs"].as_array().map(Vec::len), body["tokens"].as_array().map(Vec::len));
+            assert!(body["max_model_len"].as_u64() > Some(2), "{body}");
+            let plain = with(asked, json!({"add_special_tokens": false}));
+            let plain = server.post("/tokenize", &plain).await.ok()["tokens"].clone();
+            let back = json!({"model": name, "tokens": plain});
+            let words = server.post("/detokenize", &back).await.ok()["prompt"].clone();
+            let back = json!({"model": name, "tokens": body["tokens"], "skip_special_tokens": true});
+            assert_eq!(
+                server.post("/detokenize", &back).await.ok()["prompt"],
+                words,
+                "special tokens are left out"
+            );
+        }
+    }
+    // Without a name the first model is meant.
+    let first = server.post("/tokenize", &json!({"prompt": "a"})).await.ok()["tokens"].clone();
+    assert_eq!(
+        first,
+        server.post("/tokenize", &json!({"model": "bert", "prompt": "a"})).await.ok()["tokens"]
+    );
+    let chat = json!({"messages": [{"role": "user", "content": "a"}]});
+    for (body, param) in
+        [(chat, "model"), (json!({}), "prompt"), (json!({"model": "other", "prompt": "a"}), "model")]
+    {
+        assert_eq!(server.post("/tokenize", &body).await.error()["param"], param, "{body}");
+    }
+    let over = server.post("/detokenize", &json!({"tokens": [1_000_000]})).await;
+    assert_eq!((over.status, &over.error()["param"]), (400, &json!("tokens")));
+}

@@ -2,6 +2,8 @@
 
 mod batching_equivalence;
 mod bench;
+mod bench_load;
+mod bench_reports;
 mod cancellation;
 mod checkpoints;
 mod cli;

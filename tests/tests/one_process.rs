@@ -102,6 +102,8 @@ async fn an_address_of_its_own_serves_only_the_encoders() {
     };
     assert_eq!(post(&own, "/v1/embeddings", json!({"input": "a"})).await, 200);
     assert_eq!(post(&own, CHAT, chat("a", 1)).await, 400);
+    assert_eq!(post(&own, "/tokenize", json!({"prompt": "a"})).await, 200);
+    assert_eq!(post(&own, "/tokenize", json!({"model": "llm", "prompt": "a"})).await, 404);
     assert_eq!(post(&also, CHAT, chat("a", 1)).await, 200);
     assert_eq!(get(&own, "/ready").await["status"], "ready");
 }

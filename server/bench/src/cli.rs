@@ -104,6 +104,9 @@ pub struct OutputArgs {
     /// Write the whole result to this file, as JSON.
     #[arg(long, short = 'o', help_heading = "Results")]
     pub output: Option<PathBuf>,
+    /// Write a page with plots to this file; it needs no network and no script.
+    #[arg(long, help_heading = "Results")]
+    pub html: Option<PathBuf>,
     /// Form of the table on standard output.
     #[arg(long, default_value = "md", help_heading = "Results")]
     pub format: Format,
@@ -209,9 +212,6 @@ pub struct ServeBenchArgs {
     #[arg(long, default_value = "auto", help_heading = "Prompts")]
     pub prompt_form: PromptForm,
 
-    /// Write a page with plots to this file; it needs no network and no script.
-    #[arg(long, help_heading = "Results")]
-    pub html: Option<PathBuf>,
     /// Where results go.
     #[command(flatten)]
     pub out: OutputArgs,

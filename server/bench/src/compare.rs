@@ -66,12 +66,21 @@ fn figures(kind: &str) -> anyhow::Result<&'static [Figure]> {
         figure("median_e2el_ms", "e2els_ms", false),
     ];
     const MODEL: [Figure; 1] = [figure("median_ts", "samples_ts", true)];
+    const STARTUP: [Figure; 6] = [
+        figure("median_ready_ms", "ready_ms", false),
+        figure("median_first_token_ms", "first_token_ms", false),
+        figure("median_first_ttft_ms", "first_ttft_ms", false),
+        figure("median_second_ttft_ms", "second_ttft_ms", false),
+        figure("median_rss_mib", "rss_mib", false),
+        figure("median_peak_rss_mib", "peak_rss_mib", false),
+    ];
     const EMBED: [Figure; 1] = [figure("median_latency_ms", "latencies_ms", false)];
     Ok(match kind {
         "serve" => &SERVE,
         "model" => &MODEL,
         "embed" => &EMBED,
-        other => bail!("results of kind {other:?} cannot be compared; serve, model and embed can"),
+        "startup" => &STARTUP,
+        other => bail!("results of kind {other:?} cannot be compared; serve, model, embed and startup can"),
     })
 }
 
@@ -87,6 +96,7 @@ fn case(kind: &str, point: &Value) -> String {
             format!("{}, rate {}, {} clients", text("peer"), text("request_rate"), text("max_concurrency"))
         }
         "model" => text("test"),
+        "startup" => "start".to_owned(),
         _ => format!("{}, {} x {}", text("peer"), text("tokens"), text("batch")),
     }
 }
@@ -108,7 +118,7 @@ fn changes(before: &Value, after: &Value, fail_above: Option<f64>) -> anyhow::Re
     if after["kind"].as_str() != Some(kind) {
         bail!("the files hold results of different kinds: {kind} and {}", after["kind"]);
     }
-    let points = |result: &Value| result["points"].as_array().cloned().unwrap_or_default();
+    let points = |result: &Value| measurements(kind, result);
     let later = points(after);
     let mut changes = Vec::new();
     for point in points(before) {
@@ -127,6 +137,17 @@ fn changes(before: &Value, after: &Value, fail_above: Option<f64>) -> anyhow::Re
         bail!("the results have no measurement in common");
     }
     Ok(changes)
+}
+
+/// The measurements of a result, each with its samples. Every start is a sample of one measurement.
+fn measurements(kind: &str, result: &Value) -> Vec<Value> {
+    let points = result["points"].as_array().cloned().unwrap_or_default();
+    if kind != "startup" {
+        return points;
+    }
+    let samples = |name: &str| points.iter().map(|start| start[name].clone()).collect::<Vec<Value>>();
+    let names = crate::startup::FIGURES.iter().map(|figure| figure.name);
+    vec![names.map(|name| (name.to_owned(), samples(name).into())).collect::<serde_json::Map<_, _>>().into()]
 }
 
 fn change(
@@ -242,6 +263,21 @@ mod tests {
         assert_eq!(verdict(&[100.0, 101.0], &[97.0, 98.0], Some(0.05)), Verdict::Worse);
         assert_eq!(verdict(&[100.0, 101.0], &[80.0, 81.0], None), Verdict::Worse);
         assert_eq!(verdict(&[100.0], &[80.0], Some(0.05)), Verdict::Regression, "single runs");
+    }
+
+    #[test]
+    fn starts_are_samples_of_one_measurement() {
+        let result = |ready: [f64; 3]| {
+            let points: Vec<Value> =
+                ready.iter().map(|ready| json!({"ready_ms": ready, "rss_mib": 300.0})).collect();
+            json!({"kind": "startup", "points": points})
+        };
+        let changes =
+            changes(&result([500.0, 510.0, 505.0]), &result([700.0, 690.0, 695.0]), Some(0.1)).unwrap();
+        let found: Vec<(&str, Verdict)> =
+            changes.iter().map(|change| (change.metric.as_str(), change.verdict)).collect();
+        assert_eq!(found, [("median_ready_ms", Verdict::Regression), ("median_rss_mib", Verdict::Same)]);
+        assert_eq!((changes[0].before, changes[0].after), (505.0, 695.0));
     }
 
     #[test]

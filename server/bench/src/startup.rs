@@ -15,7 +15,7 @@ use crate::cli::StartupBenchArgs;
 use crate::environment::Environment;
 use crate::report::Table;
 use crate::serve::{Access, Api, first_token};
-use crate::stats::{Summary, median};
+use crate::stats::Summary;
 
 /// One start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -206,26 +206,45 @@ fn memory(group: u32) -> (f64, f64) {
     sums
 }
 
+/// What is told of starts.
+pub(crate) struct Figure {
+    /// Its name in results.
+    pub(crate) name: &'static str,
+    pub(crate) label: &'static str,
+    pub(crate) unit: &'static str,
+    pub(crate) of: fn(&Start) -> f64,
+}
+
+/// All of it, in the order of the table.
+pub(crate) const FIGURES: [Figure; 6] = {
+    const fn figure(
+        name: &'static str,
+        label: &'static str,
+        unit: &'static str,
+        of: fn(&Start) -> f64,
+    ) -> Figure {
+        Figure { name, label, unit, of }
+    }
+    [
+        figure("ready_ms", "exec to ready", "ms", |start| start.ready_ms),
+        figure("first_token_ms", "exec to first token", "ms", |start| start.first_token_ms),
+        figure("first_ttft_ms", "TTFT of the first request", "ms", |start| start.first_ttft_ms),
+        figure("second_ttft_ms", "TTFT of the second request", "ms", |start| start.second_ttft_ms),
+        figure("rss_mib", "resident memory when ready", "MiB", |start| start.rss_mib),
+        figure("peak_rss_mib", "largest resident memory", "MiB", |start| start.peak_rss_mib),
+    ]
+};
+
 /// A row a figure.
 #[must_use]
 pub fn table(result: &StartupResult) -> Table {
     let mut table = Table::new(&["what", "median", "mean", "+-", "min", "max"], 1);
-    type Figure = (&'static str, fn(&Start) -> f64);
-    let figures: [Figure; 6] = [
-        ("exec to ready, ms", |start| start.ready_ms),
-        ("exec to first token, ms", |start| start.first_token_ms),
-        ("TTFT of the first request, ms", |start| start.first_ttft_ms),
-        ("TTFT of the second request, ms", |start| start.second_ttft_ms),
-        ("resident memory when ready, MiB", |start| start.rss_mib),
-        ("largest resident memory, MiB", |start| start.peak_rss_mib),
-    ];
-    for (name, of) in figures {
-        let samples: Vec<f64> = result.points.iter().map(of).collect();
+    for figure in &FIGURES {
+        let samples: Vec<f64> = result.points.iter().map(figure.of).collect();
         let Some(summary) = Summary::of(&samples) else { continue };
-        let cells = [median(&samples), summary.mean, summary.std, summary.min, summary.max];
-        table.push(
-            std::iter::once(name.to_owned()).chain(cells.iter().map(|cell| format!("{cell:.1}"))).collect(),
-        );
+        let cells = [summary.median, summary.mean, summary.std, summary.min, summary.max];
+        let name = format!("{}, {}", figure.label, figure.unit);
+        table.push(std::iter::once(name).chain(cells.iter().map(|cell| format!("{cell:.1}"))).collect());
     }
     table
 }

@@ -17,7 +17,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use crate::backend::{Backend, BackendError, StepOutput};
 use crate::config::{EngineConfig, Limits, Patience};
 use crate::handle::{
-    ClientId, Command, EngineHandle, HIGH_WATER, LOW_WATER, ReaderState, Shared, Submission,
+    ClientId, Command, EngineHandle, HIGH_WATER, Inbox, LOW_WATER, ReaderState, Shared, Submission,
 };
 use crate::plan::{RequestId, StepPlan};
 use crate::request::{EngineError, FinishReason, TokenEvent};
@@ -432,18 +432,21 @@ impl<B: Backend> Thread<B> {
 
     fn publish_stats(&mut self) {
         self.stats.set_scheduler(self.scheduler.gauges(), self.scheduler.counters());
-        let mut inbox = self.shared.lock();
+        self.note_in(&mut self.shared.lock());
+    }
+
+    /// Puts counts into the inbox. Sequences that run and requests that wait change together: one that counted as both
+    /// would keep another out.
+    fn note_in(&self, inbox: &mut Inbox) {
         let block_size = inbox.stats.block_size;
         inbox.stats = EngineStats { block_size, ..self.stats };
+        inbox.unstarted = self.clients.values().filter(|client| client.started.is_none()).count();
     }
 
     fn publish(&mut self, progressed: bool) {
         self.stats.set_scheduler(self.scheduler.gauges(), self.scheduler.counters());
-        let unstarted = self.clients.values().filter(|client| client.started.is_none()).count();
         let mut inbox = self.shared.lock();
-        let block_size = inbox.stats.block_size;
-        inbox.stats = EngineStats { block_size, ..self.stats };
-        inbox.unstarted = unstarted;
+        self.note_in(&mut inbox);
         inbox.outstanding = self.clients.len() + inbox.submissions;
         inbox.busy = self.scheduler.has_runnable() || inbox.submissions > 0;
         if progressed || !inbox.busy {

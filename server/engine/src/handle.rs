@@ -118,6 +118,26 @@ pub(crate) struct Inbox {
     next_id: u64,
 }
 
+impl Inbox {
+    /// Whether there is room for one more request.
+    fn room(&mut self, config: &EngineConfig) -> Result<(), SubmitError> {
+        if self.dead || self.stop {
+            return Err(SubmitError::Dead);
+        }
+        if self.draining {
+            return Err(SubmitError::Draining);
+        }
+        // Those that find a place in the next step do not count as waiting.
+        let places = config.max_num_seqs.saturating_sub(self.stats.running);
+        let waiting = self.unstarted + self.submissions;
+        if waiting >= config.max_num_queued_reqs.saturating_add(places) {
+            self.refused_queue_full += 1;
+            return Err(SubmitError::QueueFull { waiting: waiting - places });
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Shared {
     inbox: Mutex<Inbox>,
@@ -198,6 +218,16 @@ impl EngineHandle {
         Self { inner: Arc::new(Inner { shared, thread: Mutex::new(Some(thread)) }) }
     }
 
+    /// Whether a request would be taken now, as far as the queue goes: so that a full server can refuse before it reads
+    /// one. A refusal counts as one of [`EngineHandle::submit`]; room that is found is not kept.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::submit`], but for what depends on the request.
+    pub fn check_room(&self) -> Result<(), SubmitError> {
+        let shared = &self.inner.shared;
+        shared.lock().room(&shared.config)
+    }
+
     /// Hands over a request. It is decided here, before anything is streamed, whether it is accepted.
     ///
     /// # Errors
@@ -210,19 +240,7 @@ impl EngineHandle {
         let (sender, receiver) = mpsc::channel(CAPACITY + 2 * choices + 2);
         let reader = Arc::new(ReaderState::default());
         let mut inbox = shared.lock();
-        if inbox.dead || inbox.stop {
-            return Err(SubmitError::Dead);
-        }
-        if inbox.draining {
-            return Err(SubmitError::Draining);
-        }
-        // Those that find a place in the next step do not count as waiting.
-        let places = shared.config.max_num_seqs.saturating_sub(inbox.stats.running);
-        let waiting = inbox.unstarted + inbox.submissions;
-        if waiting >= shared.config.max_num_queued_reqs.saturating_add(places) {
-            inbox.refused_queue_full += 1;
-            return Err(SubmitError::QueueFull { waiting: waiting - places });
-        }
+        inbox.room(&shared.config)?;
         let id = ClientId(inbox.next_id);
         inbox.next_id += 1;
         inbox.submissions += 1;

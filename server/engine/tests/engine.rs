@@ -187,6 +187,38 @@ fn a_full_queue_refuses_at_once() {
 }
 
 #[test]
+fn as_many_clients_as_there_is_room_for_are_never_refused() {
+    let engine = spawn(counting());
+    // 8 places and 4 in the queue; each client asks again as soon as it has read its last event.
+    std::thread::scope(|scope| {
+        for client in 0..12_u16 {
+            let engine = &engine;
+            scope.spawn(move || {
+                for round in 0..100 {
+                    let tokens = 2 + u32::from((client + round) % 5);
+                    collect(submit(engine, request(&[u32::from(client)], tokens)));
+                }
+            });
+        }
+    });
+    assert_eq!(engine.stats().refused_queue_full, 0);
+}
+
+#[test]
+fn a_full_engine_says_so_before_it_is_given_anything() {
+    let engine = spawn(counting().step_delay(Duration::from_millis(20)));
+    assert_eq!(engine.check_room(), Ok(()));
+    let streams: Vec<_> = (0..12).map(|_| submit(&engine, request(&[1], 500))).collect();
+    // Some may have been given a place meanwhile or not: the sum is full either way.
+    assert!(matches!(engine.check_room(), Err(SubmitError::QueueFull { .. })));
+    assert_eq!(engine.stats().refused_queue_full, 1);
+    drop(streams);
+    wait_until("there is room again", || engine.check_room() == Ok(()));
+    engine.drain();
+    assert_eq!(engine.check_room(), Err(SubmitError::Draining));
+}
+
+#[test]
 fn what_can_never_fit_is_refused() {
     let small = EngineConfig { num_blocks: 4, max_model_len: 17, ..config() };
     let engine = Engine::spawn(small, limits(), &[EOS], counting()).expect("a thread");

@@ -10,7 +10,8 @@ use ingle_bench::cli::{EmbedBenchArgs, Format, MakeModelArgs, OutputArgs, ServeB
 use ingle_bench::compare::Verdict;
 use ingle_bench::model::{RandomModel, Subject};
 use ingle_bench::report::{
-    Table, model_remarks, model_table, serve_html, serve_remarks, serve_table, write, write_json,
+    Table, embed_html, model_html, model_remarks, model_table, serve_html, serve_remarks, serve_table,
+    startup_html, write, write_json,
 };
 use serde::Serialize;
 
@@ -36,9 +37,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
 fn serve(args: &ServeBenchArgs) -> anyhow::Result<()> {
     let codec = args.tokenizer.as_deref().map(codec).transpose()?;
     let result = ingle_bench::serve::run(args, codec)?;
-    if let Some(path) = &args.html {
-        write(path, &serve_html(&result)?)?;
-    }
+    page(&args.out, || serve_html(&result))?;
     print(&args.out, &result, &serve_table(&result.points), &result.points)?;
     note(&args.out, &serve_remarks(&result.points));
     Ok(())
@@ -62,6 +61,7 @@ fn model(args: &BenchModelArgs) -> anyhow::Result<()> {
     };
     let sizes = (args.load.block_size, step_tokens(&args.load, &options.device));
     let result = ingle_bench::model::run(&args.bench, &name, &subject, &options, sizes)?;
+    page(&args.bench.out, || model_html(&result))?;
     print(&args.bench.out, &result, &model_table(&result), &result.points)?;
     note(&args.bench.out, &model_remarks(&result));
     Ok(())
@@ -77,6 +77,7 @@ fn make_model(args: &MakeModelArgs) -> anyhow::Result<()> {
 fn embed(args: &EmbedBenchArgs) -> anyhow::Result<()> {
     let codec = args.tokenizer.as_deref().map(codec).transpose()?;
     let result = ingle_bench::embed::run(args, codec)?;
+    page(&args.out, || embed_html(&result))?;
     print(&args.out, &result, &ingle_bench::embed::table(&result), &result.points)
 }
 
@@ -98,13 +99,15 @@ fn startup(args: &StartupBenchArgs) -> anyhow::Result<()> {
         (None, None) => bail!("--url must say where the command will serve"),
     };
     let result = ingle_bench::startup::run(&args, &command, &url)?;
+    page(&args.out, || startup_html(&result))?;
     print(&args.out, &result, &ingle_bench::startup::table(&result), &result.points)
 }
 
 fn compare(args: &BenchArgs) -> anyhow::Result<()> {
     let [before, after] = &args.compare[..] else { bail!("--compare wants two files") };
     let changes = ingle_bench::compare::compare(before, after, args.fail_above)?;
-    let out = OutputArgs { output: None, format: args.format, quiet: false, metadata: Vec::new() };
+    let out =
+        OutputArgs { output: None, html: None, format: args.format, quiet: false, metadata: Vec::new() };
     print(&out, &changes, &ingle_bench::compare::table(&changes), &changes)?;
     let worse = changes.iter().filter(|change| change.verdict == Verdict::Regression).count();
     if let Some(allowed) = args.fail_above.filter(|_| worse > 0) {
@@ -130,6 +133,11 @@ fn codec(path: &Path) -> anyhow::Result<Arc<dyn TextCodec>> {
         Tokenizer::load(path)?
     };
     Ok(Arc::new(Codec(tokenizer)))
+}
+
+/// Writes the page of `--html`, if one is wanted.
+fn page(out: &OutputArgs, made: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<()> {
+    out.html.as_deref().map_or(Ok(()), |path| write(path, &made()?))
 }
 
 /// Writes the result where the flags say, in the form they say.

@@ -9,7 +9,7 @@ use ingle_engine as engine;
 
 use super::{
     body, collect,
-    generate::{Counts, Piece, Plan, TokenEntry, submit},
+    generate::{Counts, Piece, Plan, TokenEntry, submit, turn_away},
     ignored_header, limits,
     messages::Conversation,
     new_id,
@@ -44,6 +44,7 @@ pub(crate) async fn create(
     Extension(record): Extension<Record>,
     request: Request,
 ) -> ApiResult<Response> {
+    turn_away(&state, &record)?;
     let mut fields = body::read_fields(&state, request).await?;
     let key = cache::key(&state, record.tenant(), "chat", &fields);
     if record.wants_prompt() {
@@ -101,7 +102,7 @@ pub(crate) async fn render(State(state): State<AppState>, request: Request) -> A
     super::params::model(&state, &mut fields)?;
     let conversation = Conversation::read(&state, &mut fields)?;
     let token_ids = encode(&state, conversation).await?;
-    let prompt = tokens::decode(&state, token_ids.clone(), false).await?;
+    let prompt = tokens::decode(&state, &state.text().tokenizer, token_ids.clone(), false).await?;
     Ok(Json(Rendered { token_ids, prompt }))
 }
 

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::{
     body, collect,
-    generate::{Piece, Plan, TokenEntry, submit},
+    generate::{Piece, Plan, TokenEntry, submit, turn_away},
     ignored_header, limits, new_id,
     params::Common,
     receipt_headers,
@@ -43,6 +43,7 @@ pub(crate) async fn create(
     Extension(record): Extension<Record>,
     request: Request,
 ) -> ApiResult<Response> {
+    turn_away(&state, &record)?;
     let mut fields = body::read_fields(&state, request).await?;
     let key = cache::key(&state, record.tenant(), "completions", &fields);
     if record.wants_prompt() {
@@ -187,7 +188,9 @@ async fn encode(
         Prompts::Ids(ids) => Ok((ids, None)),
         Prompts::Texts(texts) => {
             // A text completion has no turns to forge: special tokens in it are meant.
-            let ids = tokens::encode(state, texts.clone(), Specials::Parse, add_special_tokens).await?;
+            let tokenizer = &state.text().tokenizer;
+            let ids =
+                tokens::encode(state, tokenizer, texts.clone(), Specials::Parse, add_special_tokens).await?;
             Ok((ids, Some(texts)))
         }
     }

@@ -74,6 +74,23 @@ pub(crate) struct Plan {
     pub(crate) continues_text: bool,
 }
 
+/// Refuses a request of which nothing has been read yet, if the engine would not take any: what is not looked at costs
+/// a full server next to nothing. Behind a response cache a request has to be read first, because it may be answered
+/// from there.
+///
+/// # Errors
+/// 429 when the queue is full, 503 when the engine takes nothing.
+pub(crate) fn turn_away(state: &AppState, record: &Record) -> ApiResult<()> {
+    if state.cache().is_some() {
+        return Ok(());
+    }
+    state.engine().check_room().map_err(|refusal| {
+        // The name that was asked for stands in the body.
+        record.model("", state.default_model());
+        refused(state, record, &refusal)
+    })
+}
+
 /// Hands `prompts` to the engine. All are accepted, or none is.
 ///
 /// # Errors

@@ -56,14 +56,14 @@ fn generating_routes(generates: bool) -> Routes {
         route("/v1/chat/completions", post(chat::create)),
         route("/v1/chat/completions/render", post(chat::render)),
         route("/v1/completions", post(completions::create)),
-        route("/tokenize", post(tokenize::tokenize)),
-        route("/detokenize", post(tokenize::detokenize)),
     ]
 }
 
 /// All other routes.
 fn other_routes() -> Routes {
     vec![
+        ("/tokenize", post(tokenize::tokenize)),
+        ("/detokenize", post(tokenize::detokenize)),
         ("/v1/embeddings", post(encode::embeddings::create)),
         ("/v1/rerank", post(encode::rerank::create)),
         ("/v2/rerank", post(encode::rerank::create)),

@@ -22,8 +22,14 @@ pub(crate) fn finite(logprob: f32) -> f32 {
 pub(crate) struct TokenText(Arc<Tokenizer>);
 
 impl TokenText {
+    /// Those of the generating model.
     pub(crate) fn new(state: &AppState) -> Self {
-        Self(Arc::clone(&state.text().tokenizer))
+        Self::of(&state.text().tokenizer)
+    }
+
+    /// Those of `tokenizer`.
+    pub(crate) fn of(tokenizer: &Arc<Tokenizer>) -> Self {
+        Self(Arc::clone(tokenizer))
     }
 
     /// The bytes of `id`; none for an id without text.
@@ -46,11 +52,12 @@ impl TokenText {
 /// Encodes `texts` on a worker thread.
 pub(crate) async fn encode(
     state: &AppState,
+    tokenizer: &Arc<Tokenizer>,
     texts: Vec<String>,
     specials: Specials,
     add_special_tokens: bool,
 ) -> ApiResult<Vec<Vec<u32>>> {
-    let tokenizer = Arc::clone(&state.text().tokenizer);
+    let tokenizer = Arc::clone(tokenizer);
     let bytes = texts.iter().map(String::len).sum();
     let work =
         move || texts.iter().map(|text| tokenizer.encode(text, specials, add_special_tokens)).collect();
@@ -58,8 +65,13 @@ pub(crate) async fn encode(
 }
 
 /// Decodes `ids` on a worker thread.
-pub(crate) async fn decode(state: &AppState, ids: Vec<u32>, skip_special: bool) -> ApiResult<String> {
-    let tokenizer = Arc::clone(&state.text().tokenizer);
+pub(crate) async fn decode(
+    state: &AppState,
+    tokenizer: &Arc<Tokenizer>,
+    ids: Vec<u32>,
+    skip_special: bool,
+) -> ApiResult<String> {
+    let tokenizer = Arc::clone(tokenizer);
     let work = move || Ok(tokenizer.decode(&ids, skip_special));
     state.pool().run(0, work).await.map_err(|error| text_error(error, "tokens"))
 }

@@ -1,103 +1,31 @@
-//! A load test as one page: no script, nothing fetched, light and dark, wide and narrow.
+//! A load test as one page.
 
-use std::fmt::Write;
+use serde_json::Value;
 
-use super::plot::{COLORS, Plot, Series};
+use super::page::Page;
+use super::plot::{Plot, Series};
 use super::serve::{serve_remarks, serve_table};
-use super::table::Table;
 use crate::serve::{Point, ServeResult};
-
-const STYLE: &str = include_str!("style.css");
 
 /// The page.
 ///
 /// # Errors
 /// If a plot cannot be drawn.
 pub fn serve_html(result: &ServeResult) -> anyhow::Result<String> {
-    let mut page = String::new();
     let peers: Vec<&str> = result.servers.keys().map(String::as_str).collect();
-    let title = format!("Load test: {}", peers.join(", "));
-    page.push_str("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n");
-    page.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n");
-    // An icon of its own: a browser would ask for one otherwise.
-    let _ = writeln!(
-        page,
-        "<link rel=\"icon\" href=\"data:,\"><title>{}</title><style>\n{STYLE}",
-        escape(&title)
-    );
-    for (idx, (r, g, b)) in COLORS.iter().enumerate() {
-        let _ = writeln!(page, ".c{idx}{{background:rgb({r},{g},{b})}}");
-    }
-    let _ = writeln!(page, "</style></head><body><main><h1>{}</h1>", escape(&title));
-    let _ = writeln!(page, "<p>{}</p>", escape(&result.environment.line()));
-    let _ = writeln!(page, "<div class=\"scroll\">{}</div>", table(&serve_table(&result.points)));
-    legend(&mut page, &result.points);
+    let mut page = Page::new(&format!("Load test: {}", peers.join(", ")), &result.environment);
+    page.table(&serve_table(&result.points));
+    page.legend(result.points.iter().map(|point| format!("{}: {}", point.peer, point.load())));
     for (heading, remark, plot) in plots(&result.points) {
-        figure(&mut page, heading, remark, &plot)?;
+        page.plot(heading, remark, &plot)?;
     }
-    page.push_str("<h2>Remarks</h2><ul>");
-    for remark in serve_remarks(&result.points) {
-        let _ = write!(page, "<li>{}</li>", escape(&remark));
-    }
-    page.push_str("</ul>\n<h2>How it was made</h2>\n");
-    let _ = writeln!(page, "<pre>{}</pre>", escape(&result.environment.command.join(" ")));
-    for (name, value) in [
-        ("Workload", &result.workload),
-        ("Servers", &serde_json::Value::Object(result.servers.clone())),
-        ("Notes", &serde_json::Value::Object(result.metadata.clone())),
-    ] {
-        let text = serde_json::to_string_pretty(value)?;
-        let _ = writeln!(page, "<details><summary>{name}</summary><pre>{}</pre></details>", escape(&text));
-    }
-    page.push_str("</main></body></html>\n");
-    Ok(page)
-}
-
-/// `text` as it may stand in HTML.
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-fn table(table: &Table) -> String {
-    let row = |cells: &[String], tag: &str| {
-        let cells = cells.iter().enumerate().map(|(idx, cell)| {
-            let class = if table.is_text(idx) { "" } else { " class=\"n\"" };
-            format!("<{tag}{class}>{}</{tag}>", escape(cell))
-        });
-        format!("<tr>{}</tr>\n", cells.collect::<String>())
-    };
-    let body: String = table.rows().iter().map(|cells| row(cells, "td")).collect();
-    format!("<table><thead>{}</thead><tbody>{body}</tbody></table>", row(table.columns(), "th"))
-}
-
-/// What the colours of all plots mean.
-fn legend(page: &mut String, points: &[Point]) {
-    page.push_str("<div class=\"legend\">");
-    for (idx, point) in points.iter().enumerate() {
-        let text = escape(&format!("{}: {}", point.peer, point.load()));
-        let _ = write!(page, "<span><i class=\"c{}\"></i>{text}</span>", idx % COLORS.len());
-    }
-    page.push_str("</div>\n");
-}
-
-/// A plot twice: for wide and for narrow screens, of which the style sheet shows one.
-fn figure(page: &mut String, heading: &str, remark: &str, plot: &Plot) -> anyhow::Result<()> {
-    let (Some(wide), Some(narrow)) = (plot.svg((900, 360))?, plot.svg((360, 300))?) else { return Ok(()) };
-    let _ = writeln!(page, "<figure><h2>{heading}</h2><p>{remark}</p>");
-    for (class, svg) in [("wide", wide), ("narrow", narrow)] {
-        let sized = svg.find("<svg").map_or(svg.as_str(), |begin| &svg[begin..]);
-        let (width, height) = if class == "wide" { (900, 360) } else { (360, 300) };
-        // The library gives a size in pixels; the page wants one that fits.
-        let head = format!("<svg width=\"{width}\" height=\"{height}\"");
-        let sized = sized.replacen(
-            &head,
-            &format!("<svg class=\"{class}\" role=\"img\" aria-label=\"{heading}\""),
-            1,
-        );
-        page.push_str(&sized);
-    }
-    page.push_str("</figure>\n");
-    Ok(())
+    page.remarks(&serve_remarks(&result.points));
+    let details = [
+        ("Workload", result.workload.clone()),
+        ("Servers", Value::Object(result.servers.clone())),
+        ("Notes", Value::Object(result.metadata.clone())),
+    ];
+    page.end(&result.environment, &details)
 }
 
 /// The plots of a load test: heading, what it shows, the plot.
@@ -106,20 +34,7 @@ fn plots(points: &[Point]) -> Vec<(&'static str, &'static str, Plot)> {
         let series = points.iter().enumerate();
         series.map(|(color, point)| Series { color, points: values(point), marks: false }).collect()
     };
-    let cdf = |name: &'static str| {
-        move |point: &Point| {
-            let quantiles = point.numbers(name);
-            let last = quantiles.len().saturating_sub(1).max(1) as f64;
-            // The axis is logarithmic: nothing can be at 0.
-            quantiles
-                .iter()
-                .enumerate()
-                .map(|(idx, value)| (value.max(1e-3), 100.0 * idx as f64 / last))
-                .collect()
-        }
-    };
-    let distribution =
-        |x_label, series| Plot { x_label, y_label: "% of samples", log_x: true, y_max: Some(100.0), series };
+    let cdf = |name: &'static str| move |point: &Point| distribution(&point.numbers(name));
     vec![
         (
             "Throughput and time to first token",
@@ -134,12 +49,12 @@ fn plots(points: &[Point]) -> Vec<(&'static str, &'static str, Plot)> {
         (
             "Time to first token",
             "How many requests had their first token after so long.",
-            distribution("TTFT, ms", each(&cdf("ttft_ms_quantiles"))),
+            cumulative("TTFT, ms", each(&cdf("ttft_ms_quantiles"))),
         ),
         (
             "Inter-token latency",
             "How many gaps between arrivals were so short.",
-            distribution("ITL, ms", each(&cdf("itl_ms_quantiles"))),
+            cumulative("ITL, ms", each(&cdf("itl_ms_quantiles"))),
         ),
         (
             "Timeline",
@@ -159,6 +74,19 @@ fn plots(points: &[Point]) -> Vec<(&'static str, &'static str, Plot)> {
             },
         ),
     ]
+}
+
+/// Evenly spaced quantiles as points of their distribution: a value, and how many percent lie below.
+pub(super) fn distribution(quantiles: &[f64]) -> Vec<(f64, f64)> {
+    let last = quantiles.len().saturating_sub(1).max(1) as f64;
+    // The axis is logarithmic: nothing can be at 0.
+    let points = quantiles.iter().enumerate();
+    points.map(|(idx, value)| (value.max(1e-3), 100.0 * idx as f64 / last)).collect()
+}
+
+/// A plot of distributions.
+pub(super) fn cumulative(x_label: &'static str, series: Vec<Series>) -> Plot {
+    Plot { x_label, y_label: "% of samples", log_x: true, y_max: Some(100.0), series }
 }
 
 /// A figure against output throughput: a line a server, a mark a load.

@@ -2,6 +2,8 @@
 
 mod html;
 mod model;
+mod page;
+mod pages;
 mod plot;
 mod serve;
 mod table;
@@ -14,6 +16,7 @@ use serde_json::{Map, Value};
 
 pub use html::serve_html;
 pub use model::{model_remarks, model_table};
+pub use pages::{embed_html, model_html, startup_html};
 pub use serve::{serve_remarks, serve_table};
 pub use table::Table;
 

@@ -86,6 +86,16 @@ pub fn serve_remarks(points: &[Point]) -> Vec<String> {
                 .collect();
             remarks.push(format!("{name}: failed: {}", kinds.join("; ")));
         }
+        if let Some(refusals) = point.metrics.get("refusals") {
+            let number = |name: &str| refusals[name].as_f64().unwrap_or(0.0);
+            remarks.push(format!(
+                "{name}: refused {:.0} ({:.0} said when to come back), p50 {:.1} ms, p99 {:.1} ms",
+                number("count"),
+                number("with_retry_after"),
+                number("p50_ms"),
+                number("p99_ms"),
+            ));
+        }
         let client = &point.metrics["client"];
         let share = client["cpu_share_of_one_core"].as_f64().unwrap_or(0.0);
         let delay = client["timer_delay_p99_ms"].as_f64().unwrap_or(0.0);

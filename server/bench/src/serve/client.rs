@@ -180,6 +180,7 @@ pub(crate) async fn request(
     };
     if answer.status() != reqwest::StatusCode::OK {
         let status = answer.status().as_u16();
+        record.has_retry_after = answer.headers().contains_key(reqwest::header::RETRY_AFTER);
         let text = answer.text().await.unwrap_or_default();
         record.latency = start.elapsed().as_secs_f64();
         return record.failed(Failure::Status(status), text);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::load::Run;
-use super::record::RequestRecord;
+use super::record::{Failure, RequestRecord};
 use crate::stats::{Summary, quantiles};
 
 /// What a request must keep to count as good; milliseconds.
@@ -79,6 +79,9 @@ pub(crate) fn metrics(runs: &[Run], slo: Option<&Slo>) -> Map<String, Value> {
     }
     put("errors", json!(errors));
     put("error_examples", json!(messages));
+    if let Some(refusals) = refusals(&records) {
+        put("refusals", refusals);
+    }
     put("total_input_tokens", json!(input));
     put("total_output_tokens", json!(output));
     put("request_throughput", json!(per_second(good.len() as f64)));
@@ -154,6 +157,25 @@ pub(crate) fn metrics(runs: &[Run], slo: Option<&Slo>) -> Map<String, Value> {
     map
 }
 
+/// How quickly and how honestly requests were refused; `None` if none was.
+fn refusals(records: &[&RequestRecord]) -> Option<Value> {
+    let refused: Vec<&RequestRecord> = records
+        .iter()
+        .copied()
+        .filter(|record| record.failure.as_ref().is_some_and(Failure::is_refusal))
+        .collect();
+    let times: Vec<f64> = refused.iter().map(|record| record.latency * 1e3).collect();
+    let summary = Summary::of(&times)?;
+    Some(json!({
+        "count": refused.len(),
+        "with_retry_after": refused.iter().filter(|record| record.has_retry_after).count(),
+        "p50_ms": round(summary.median),
+        "p95_ms": round(summary.p95),
+        "p99_ms": round(summary.p99),
+        "max_ms": round(summary.max),
+    }))
+}
+
 /// A value a run, a second, of its good requests.
 fn each_run(runs: &[Run], of: fn(&RequestRecord) -> u64) -> Vec<f64> {
     let good = |run: &Run| run.records.iter().filter(|record| record.failure.is_none()).map(of).sum::<u64>();
@@ -216,7 +238,6 @@ fn timeline(run: &Run) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serve::record::Failure;
 
     fn record(start: f64, ttft: f64, itls: &[f64], tokens: u64) -> RequestRecord {
         RequestRecord {
@@ -237,7 +258,8 @@ mod tests {
             record(0.0, 0.5, &[0.25, 0.25], 3),
             record(0.0, 1.0, &[0.5, 0.5], 5),
             record(1.0, 0.25, &[], 1),
-            record(2.0, 0.1, &[0.1], 2).failed(Failure::Status(429), "busy"),
+            RequestRecord { has_retry_after: true, ..record(2.0, 0.1, &[0.1], 2) }
+                .failed(Failure::Status(429), "busy"),
             record(2.0, 0.1, &[0.1], 2).failed(Failure::Timeout, "late"),
         ];
         vec![Run { records, duration: 4.0, ..Run::default() }]
@@ -272,6 +294,11 @@ mod tests {
         }
         assert_eq!(map["errors"], json!({"http_429": 1, "timeout": 1}));
         assert_eq!(map["error_examples"]["http_429"], "busy");
+        assert_eq!(map["refusals"]["count"], 1, "a timeout is no refusal");
+        assert_eq!(
+            (&map["refusals"]["with_retry_after"], &map["refusals"]["p99_ms"]),
+            (&json!(1), &json!(200.0))
+        );
         assert_eq!(map["ttft_ms_quantiles"].as_array().unwrap().len(), 101);
     }
 

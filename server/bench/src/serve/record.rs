@@ -20,6 +20,11 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Whether the server had too much to do and said so before it began: what a router sends elsewhere.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Status(429 | 503))
+    }
+
     /// Its name in results.
     pub(crate) fn kind(&self) -> String {
         match self {
@@ -55,6 +60,8 @@ pub(crate) struct RequestRecord {
     pub(crate) cached_tokens: Option<u64>,
     /// Why it failed.
     pub(crate) failure: Option<Failure>,
+    /// A refusal that said when to come back (`Retry-After`).
+    pub(crate) has_retry_after: bool,
     /// What the server or the connection said of the failure.
     pub(crate) message: Option<String>,
     /// The answer, if it is needed for the next turn.
