@@ -99,7 +99,7 @@ impl DeviceTiles {
 
     fn unpack<T: Number>(&self, ids: u64, first: usize, count: usize, out: u64) -> Result<()> {
         let kind = match self.format {
-            TileFormat::Fp8 => "fp8",
+            TileFormat::Fp8 | TileFormat::Fp8Grouped => "fp8",
             TileFormat::Int8 => "bytes",
             TileFormat::Int4 | TileFormat::Int4WithMinima => "halves",
         };

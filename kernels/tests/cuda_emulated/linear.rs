@@ -103,28 +103,38 @@ impl Matrix {
         Self::tiled(&TiledMatrix::from_blocks(&parts).expect("blocks"), meant)
     }
 
-    fn fp8(rng: &mut ChaCha8Rng, rows: usize, cols: usize) -> Self {
+    /// In parts of several rows; `grouped`: with factors for groups of columns, but in the first part.
+    fn fp8(rng: &mut ChaCha8Rng, rows: usize, cols: usize, grouped: bool) -> Self {
+        let groups = cols.div_ceil(Fp8Matrix::GROUP);
         let (mut meant, mut parts, mut left) = (Vec::new(), Vec::new(), rows);
         while left > 0 {
             let part_rows = left.min(1 + rows / 2);
             left -= part_rows;
             let row_scales: Vec<f32> = (0..part_rows).map(|_| rng.random_range(0.0005..0.002)).collect();
+            let num_factors =
+                if grouped && (!parts.is_empty() || left == 0) { part_rows * groups } else { 0 };
+            let factors: Vec<f16> =
+                (0..num_factors).map(|_| f16::from_f32(rng.random_range(0.1..1.0))).collect();
             // Every number, the least ones and both zeros too.
             let bytes: Vec<u8> = (0..part_rows * cols)
                 .map(|_| rng.random::<u8>())
                 .map(|code| if code & 127 == 127 { code ^ 1 } else { code })
                 .collect();
-            for (row, scale) in bytes.chunks(cols).zip(&row_scales) {
-                meant.extend(row.iter().map(|code| f64::from(fp8_to_f32(*code)) * f64::from(*scale)));
+            for (at, code) in bytes.iter().enumerate() {
+                let (row, col) = (at / cols, at % cols);
+                let factor = factors.get(row * groups + col / Fp8Matrix::GROUP).copied().unwrap_or(f16::ONE);
+                let scale = f64::from(row_scales[row]) * f64::from(factor.to_f32());
+                meant.push(f64::from(fp8_to_f32(*code)) * scale);
             }
-            parts.push(Fp8Matrix { bytes, rows: part_rows, cols, row_scales });
+            parts.push(Fp8Matrix { bytes, rows: part_rows, cols, row_scales, factors });
         }
         Self::tiled(&TiledMatrix::from_fp8(&parts).expect("numbers"), meant)
     }
 
     /// One of each format.
     fn each(rng: &mut ChaCha8Rng, activations: Format, rows: usize, cols: usize) -> Vec<Self> {
-        let mut all = vec![Self::dense(rng, activations, rows, cols, 0), Self::fp8(rng, rows, cols)];
+        let mut all = vec![Self::dense(rng, activations, rows, cols, 0)];
+        all.extend([false, true].map(|grouped| Self::fp8(rng, rows, cols, grouped)));
         if cols.is_multiple_of(32) {
             for block_type in [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4_1] {
                 all.push(Self::blocks(rng, block_type, rows, cols));
@@ -393,7 +403,7 @@ fn rounded_activations_are_multiplied_exactly() {
     let mut rng = rng(27);
     for activations in TYPES {
         for (rows, cols, gap) in [(17, 64, 0), (130, 1056, 8), (32, 45, 0), (64, 600, 3)] {
-            let m = Matrix::fp8(&mut rng, rows, cols);
+            let m = Matrix::fp8(&mut rng, rows, cols, false);
             for tokens in [1, 19, 40] {
                 let mut x = activations_of(&mut rng, activations, tokens * cols);
                 // Tokens of different sizes; one is nothing at all.
@@ -483,7 +493,7 @@ fn rounded_weights_are_those_of_the_cpu() {
 /// Rows by ids and in order, in every type of output.
 fn rows_are_unpacked(m: &Matrix) {
     let kind = match m.format {
-        "fp8" => "fp8",
+        "fp8" | "fp8g" => "fp8",
         "int8" => "bytes",
         _ => "halves",
     };
@@ -538,5 +548,7 @@ fn blocks_are_unpacked() {
             rows_are_unpacked(&Matrix::blocks(&mut rng, block_type, rows, cols));
         }
     }
-    rows_are_unpacked(&Matrix::fp8(&mut rng, 18, 45));
+    for grouped in [false, true] {
+        rows_are_unpacked(&Matrix::fp8(&mut rng, 18, 45, grouped));
+    }
 }
