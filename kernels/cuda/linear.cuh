@@ -18,12 +18,11 @@ struct LinearArgs {
     const uint16_t* mins;
     const float* row_scales;
     const float* token_scales;  // [tokens] of rounded activations, else null
-    const void* bias;      // [rows] or null
-    const void* residual;  // [tokens, rows] or null
-    void* y;               // [tokens, rows], or [tokens, rows / 2] if gated
-    float* partial;        // [gridDim.z, tokens, rows]; null if the columns are not split
+    const void* bias;           // [rows] or null
+    void* y;                    // [tokens, rows], or [tokens, rows / 2] if gated
+    float* partial;             // [gridDim.z, tokens, rows]; null if the columns are not split
     unsigned tokens, rows, cols;
-    unsigned x_stride, residual_stride;
+    unsigned x_stride;
     float unit;           // on all scales
     unsigned activation;  // NOT_GATED, or of the gate, which is in the first half of the rows
     unsigned flags;
@@ -56,9 +55,6 @@ template <class T>
 __device__ __forceinline__ void store_sum(const LinearArgs& a, float sum, unsigned token, unsigned row) {
     if (token >= a.tokens || row >= a.rows) return;
     float y = scaled<T>(a, sum, row);
-    if (a.residual != nullptr) {
-        y += to_float(static_cast<const T*>(a.residual)[static_cast<size_t>(token) * a.residual_stride + row]);
-    }
     static_cast<T*>(a.y)[static_cast<size_t>(token) * a.rows + row] = from_float<T>(y);
 }
 

@@ -140,6 +140,14 @@ struct ByteCodes {
     }
 };
 
+template <class T> __device__ __forceinline__ void unpack_fp8(Fragment& f, const ByteCodes& codes, unsigned block) {
+    const uint4& w = codes.blocks[block];
+    set_pair(f, 0, fp8_to_pair<T>(w.x), fp8_to_pair<T>(w.z));
+    set_pair(f, 1, fp8_to_pair<T>(w.x >> 8), fp8_to_pair<T>(w.z >> 8));
+    set_pair(f, 2, fp8_to_pair<T>(w.y), fp8_to_pair<T>(w.w));
+    set_pair(f, 3, fp8_to_pair<T>(w.y >> 8), fp8_to_pair<T>(w.w >> 8));
+}
+
 template <class T> struct Fp8 {
     static constexpr bool GROUPED = false, MINIMA = false;
     static constexpr unsigned PREFETCH = 4, PREFETCH_PAIR = 2;
@@ -150,11 +158,7 @@ template <class T> struct Fp8 {
         raw.codes.load(m, tile_number(m, tile_row, step));
     }
     static __device__ __forceinline__ void unpack(Fragment& f, const Raw& raw, unsigned block) {
-        const uint4& w = raw.codes.blocks[block];
-        set_pair(f, 0, fp8_to_pair<T>(w.x), fp8_to_pair<T>(w.z));
-        set_pair(f, 1, fp8_to_pair<T>(w.x >> 8), fp8_to_pair<T>(w.z >> 8));
-        set_pair(f, 2, fp8_to_pair<T>(w.y), fp8_to_pair<T>(w.w));
-        set_pair(f, 3, fp8_to_pair<T>(w.y >> 8), fp8_to_pair<T>(w.w >> 8));
+        unpack_fp8<T>(f, raw.codes, block);
     }
 };
 
@@ -166,6 +170,27 @@ __device__ __forceinline__ uint2 load_group_scales(const uint16_t* scales, size_
 __device__ __forceinline__ float group_scale(uint2 scales, unsigned block, unsigned half) {
     return f16_bits_to_float((block == 0 ? scales.x : scales.y) >> 16 * half & 0xffffu);
 }
+
+// Scales of blocks are factors beside those of rows.
+template <class T> struct Fp8Grouped {
+    static constexpr bool GROUPED = true, MINIMA = false;
+    static constexpr unsigned PREFETCH = 3, PREFETCH_PAIR = 2;
+    struct Raw {
+        ByteCodes codes;
+        uint2 scales;
+    };
+    static __device__ __forceinline__ void load(Raw& raw, const Matrix& m, unsigned tile_row, unsigned step) {
+        size_t tile = tile_number(m, tile_row, step);
+        raw.codes.load(m, tile);
+        raw.scales = load_group_scales(m.scales, tile);
+    }
+    static __device__ __forceinline__ void unpack(Fragment& f, const Raw& raw, unsigned block) {
+        unpack_fp8<T>(f, raw.codes, block);
+    }
+    static __device__ __forceinline__ float scale(const Raw& raw, unsigned block, unsigned half) {
+        return group_scale(raw.scales, block, half);
+    }
+};
 
 template <class T> struct Int8 {
     static constexpr bool GROUPED = true, MINIMA = false;

@@ -50,7 +50,10 @@ impl Format {
                 rng.fill_bytes(&mut bytes);
                 // No NaN.
                 bytes.iter_mut().for_each(|byte| *byte &= 0xbf);
-                Weight::from_fp8(&[Fp8Matrix { bytes, rows, cols, row_scales: vec![0.01; rows] }], device)
+                Weight::from_fp8(
+                    &[Fp8Matrix { bytes, rows, cols, row_scales: vec![0.01; rows], factors: Vec::new() }],
+                    device,
+                )
             }
             Self::Blocks(block_type) => {
                 let mut bytes = vec![0; rows * cols / BlockType::BLOCK_SIZE * block_type.block_bytes()];

@@ -35,9 +35,9 @@ pub use cpu::{
 pub use cuda::graph::{StepGraph, StepLimits};
 pub use deterministic::{is_deterministic, set_deterministic};
 pub use error::{Error, Result};
+pub use fp8::Fp8Matrix;
 pub use kv_layer::{KvDtype, KvLayer};
 pub use ops::{
-    Activation, AttnParams, Epilogue, PagedMeta, RelativeBias, RopeTables, RotateParams, SampleRow,
-    SelfAttnParams,
+    Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, RotateParams, SampleRow, SelfAttnParams,
 };
-pub use weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};
+pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};

@@ -168,7 +168,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     }
     #[cfg(feature = "cuda")]
     if let Some(operand) = weight.on_cuda()
-        && let Some(y) = crate::cuda::linear::linear(x, operand, bias, Epilogue::None)?
+        && let Some(y) = crate::cuda::linear::linear(x, operand, bias, None)?
     {
         return Ok(y);
     }
@@ -191,47 +191,28 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     fill(shape, |y| x.read(|x| bias.read(|bias| multiply(x, Some(bias.row(0)), y)))?)
 }
 
-/// What is done with the result of a product.
-#[derive(Debug, Clone, Copy)]
-pub enum Epilogue<'a> {
-    /// Nothing.
-    None,
-    /// As [`add`] of this activation.
-    Add(&'a Tensor),
-    /// As [`gated_activation`] with this one.
-    Gate(Activation),
-}
-
-/// [`linear`] and what follows it, in one kernel where there is one; a result is then rounded once, at the end.
+/// [`linear`] by a gate above what it gates, then [`gated_activation`], in one kernel where there is one; a result is then
+/// rounded once, at the end.
 ///
 /// # Errors
-/// As [`linear`], and as the operation that follows.
-pub fn linear_then(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, then: Epilogue<'_>) -> Result<Tensor> {
+/// As [`linear`] and [`gated_activation`].
+pub fn gated_linear(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    activation: Activation,
+) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(operand) = weight.on_cuda() {
-        let (tokens, width) = x.dims2()?;
-        let fits = width == weight.cols()
+        let fits = x.dims2()?.1 == weight.cols()
             && bias.is_none_or(|bias| bias.dims() == [weight.rows()])
-            && match then {
-                Epilogue::None => true,
-                Epilogue::Add(other) => other.dims() == [tokens, weight.rows()],
-                Epilogue::Gate(_) => weight.rows().is_multiple_of(2),
-            };
-        // Shapes that do not fit are told by the operation that they do not fit.
-        if fits && let Some(y) = crate::cuda::linear::linear(x, operand, bias, then)? {
+            && weight.rows().is_multiple_of(2);
+        // Shapes that do not fit are told by the operations that they do not fit.
+        if fits && let Some(y) = crate::cuda::linear::linear(x, operand, bias, Some(activation))? {
             return Ok(y);
         }
     }
-    apply(linear(x, weight, bias)?, then)
-}
-
-/// What follows a product, as an operation of its own.
-pub(crate) fn apply(y: Tensor, then: Epilogue<'_>) -> Result<Tensor> {
-    match then {
-        Epilogue::None => Ok(y),
-        Epilogue::Add(other) => add(other, &y),
-        Epilogue::Gate(activation) => gated_activation(&y, activation),
-    }
+    gated_activation(&linear(x, weight, bias)?, activation)
 }
 
 /// Rows `ids` of `weight` as `[ids.len(), in]` in `dtype`.

@@ -8,10 +8,12 @@ mod plan;
 use std::sync::Mutex;
 
 use candle_core::Tensor;
+use half::f16;
 
 use crate::cpu::{self, QuantMatrix};
 use crate::error::{Result, argument};
-use crate::weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks};
+use crate::fp8::Fp8Matrix;
+use crate::weight::{BlockType, Quantization, QuantizedBlocks};
 pub use plan::{LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, can_gate};
 
 const TILE_ROWS: usize = 16;
@@ -23,6 +25,8 @@ const BLOCK: usize = 32;
 pub enum TileFormat {
     /// e4m3 numbers, an f32 scale for each row.
     Fp8,
+    /// As `Fp8`, and an f16 factor for each 32 columns of a row.
+    Fp8Grouped,
     /// Signed bytes, an f16 scale for each 32 columns of a row.
     Int8,
     /// Half bytes counted from 8, an f16 scale for each 32 columns of a row.
@@ -37,6 +41,7 @@ impl TileFormat {
     pub fn name(self) -> &'static str {
         match self {
             Self::Fp8 => "fp8",
+            Self::Fp8Grouped => "fp8g",
             Self::Int8 => "int8",
             Self::Int4 => "int4",
             Self::Int4WithMinima => "int4m",
@@ -47,7 +52,7 @@ impl TileFormat {
     #[must_use]
     pub fn tile_bytes(self) -> usize {
         match self {
-            Self::Fp8 | Self::Int8 => TILE_ROWS * TILE_COLS,
+            Self::Fp8 | Self::Fp8Grouped | Self::Int8 => TILE_ROWS * TILE_COLS,
             Self::Int4 | Self::Int4WithMinima => TILE_ROWS * TILE_COLS / 2,
         }
     }
@@ -68,7 +73,7 @@ pub struct TiledMatrix {
     pub scales: Vec<u16>,
     /// Bits of f16; empty unless the format has minima.
     pub mins: Vec<u16>,
-    /// One a row for `Fp8`, else empty.
+    /// One a row for `Fp8` and `Fp8Grouped`, else empty.
     pub row_scales: Vec<f32>,
     /// Factor on all scales.
     pub unit: f32,
@@ -118,12 +123,18 @@ impl TiledMatrix {
     /// If a size does not fit, the parts differ in columns, or a number is NaN.
     pub fn from_fp8(parts: &[Fp8Matrix]) -> Result<Self> {
         let (rows, cols) = Fp8Matrix::check(parts)?;
+        const { assert!(Fp8Matrix::GROUP == BLOCK) };
         let starts = starts(parts.iter().map(|part| part.rows));
-        let mut matrix = Self::build(TileFormat::Fp8, rows, cols, 1.0, |row, block| {
+        // A part without factors beside one that has them gets factors of one.
+        let grouped = parts.iter().any(|part| !part.factors.is_empty());
+        let format = if grouped { TileFormat::Fp8Grouped } else { TileFormat::Fp8 };
+        let mut matrix = Self::build(format, rows, cols, 1.0, |row, block| {
             let (part, row) = part_of(&starts, row);
-            let row = &parts[part].bytes[row * cols..][..cols];
+            let part = &parts[part];
+            let factor = part.factors.get(row * part.groups() + block).copied().unwrap_or(f16::ONE);
+            let row = &part.bytes[row * cols..][..cols];
             let codes = std::array::from_fn(|i| row.get(block * BLOCK + i).copied().unwrap_or(0));
-            Block { codes, scale: 0, min: 0 }
+            Block { codes, scale: factor.to_bits(), min: 0 }
         })?;
         matrix.row_scales = parts.iter().flat_map(|part| part.row_scales.iter().copied()).collect();
         Ok(matrix)

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::cpu::{PackedMatrix, QuantMatrix};
 use crate::error::{Result, argument};
-use crate::fp8;
+use crate::fp8::Fp8Matrix;
 
 /// A matrix `[out_features, in_features]` that [`crate::ops::linear`] and [`crate::ops::embedding`] read.
 ///
@@ -124,68 +124,6 @@ impl QuantizedBlocks {
             }
         }
         Ok((first.block_type, parts.iter().map(|part| part.rows).sum(), first.cols))
-    }
-}
-
-/// A matrix `[rows, cols]` of 8-bit numbers, e4m3 (no infinity, largest 448), row after row, with a scale for each row.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Fp8Matrix {
-    /// `rows * cols` numbers.
-    pub bytes: Vec<u8>,
-    /// Output features.
-    pub rows: usize,
-    /// Input features.
-    pub cols: usize,
-    /// What the numbers of each row are multiplied by.
-    pub row_scales: Vec<f32>,
-}
-
-impl Fp8Matrix {
-    /// Rounds a matrix, each row scaled so that its largest magnitude is the format's largest.
-    ///
-    /// # Errors
-    /// If it is not a matrix of finite numbers.
-    pub fn round(matrix: &Tensor) -> Result<Self> {
-        let (rows, cols) = matrix.dims2()?;
-        let values = matrix.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let mut bytes = Vec::with_capacity(values.len());
-        let mut row_scales = Vec::with_capacity(rows);
-        for row in values.chunks_exact(cols.max(1)) {
-            let largest = row.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
-            if row.iter().any(|x| !x.is_finite()) {
-                return Err(argument("Fp8Matrix::round", "a weight is NaN or infinite"));
-            }
-            // The least normal scale: numbers of a row of zeros, or of nearly nothing, are zeros.
-            let scale = (largest / fp8::MAX).max(f32::MIN_POSITIVE);
-            bytes.extend(row.iter().map(|x| fp8::from_f32(x / scale)));
-            row_scales.push(scale);
-        }
-        Ok(Self { bytes, rows, cols, row_scales })
-    }
-
-    /// Rows and columns of all parts stacked along their rows.
-    pub(crate) fn check(parts: &[Self]) -> Result<(usize, usize)> {
-        let wrong = |what: String| Err(argument("Weight::from_fp8", what));
-        let Some(cols) = parts.first().map(|part| part.cols) else { return wrong("no parts".into()) };
-        for Self { bytes, rows, cols: part_cols, row_scales } in parts {
-            let fits = rows.checked_mul(cols) == Some(bytes.len()) && row_scales.len() == *rows;
-            if !fits || *part_cols != cols || bytes.is_empty() {
-                let (bytes, scales) = (bytes.len(), row_scales.len());
-                return wrong(format!("[{rows}, {part_cols}] in {bytes} bytes and {scales} scales"));
-            }
-            if bytes.iter().any(|byte| byte & 0x7f == 0x7f) || row_scales.iter().any(|x| !x.is_finite()) {
-                return wrong("a weight is NaN".into());
-            }
-        }
-        Ok((parts.iter().map(|part| part.rows).sum(), cols))
-    }
-
-    /// The numbers as they are meant.
-    fn to_tensor(&self) -> Result<Tensor> {
-        let rows = self.bytes.chunks_exact(self.cols).zip(&self.row_scales);
-        let values: Vec<f32> =
-            rows.flat_map(|(row, scale)| row.iter().map(move |byte| fp8::to_f32(*byte) * scale)).collect();
-        Ok(Tensor::from_vec(values, (self.rows, self.cols), &Device::Cpu)?)
     }
 }
 

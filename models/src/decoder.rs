@@ -77,6 +77,8 @@ pub(crate) struct Placement {
     pub(crate) quantization: Option<Quantization>,
     /// Blocks of a quantised checkpoint stay as they are where there is a kernel for them.
     pub(crate) keep_blocks: bool,
+    /// Likewise e4m3 numbers.
+    pub(crate) keep_fp8: bool,
     /// Of the activations.
     pub(crate) activation_dtype: DType,
     pub(crate) kv_dtype: KvDtype,

@@ -153,9 +153,11 @@ fn placement(
         (None, None) => configured_dtype(json)?,
     };
     let activation_dtype = if options.device.is_cpu() { DType::F32 } else { dtype };
+    let as_stored = options.dtype.is_none() && options.quantization.is_none();
     Ok(Placement {
         quantization: options.quantization,
-        keep_blocks: options.dtype.is_none() && options.quantization.is_none() && !options.device.is_metal(),
+        keep_blocks: as_stored && !options.device.is_metal(),
+        keep_fp8: as_stored && options.device.is_cuda(),
         dtype,
         activation_dtype,
         kv_dtype: options.kv_cache_dtype.or(KvDtype::of(dtype)).unwrap_or(KvDtype::F32),
@@ -212,6 +214,10 @@ fn needed_bytes(spec: &ModelSpec, source: &dyn TensorSource, placement: &Placeme
     let bytes = |spec: &&TensorSpec| {
         let elements = elements(spec, source);
         match placement.quantization {
+            None if placement.keep_fp8 && source.fp8_step(&spec.name).is_some() => {
+                // Factors of groups are as many as scales beside bytes.
+                Quantization::Int8.num_bytes(elements)
+            }
             None if !placement.keep_blocks || source.block_format(&spec.name).is_none() => {
                 elements_bytes(elements, placement.dtype)
             }
@@ -278,7 +284,10 @@ mod tests {
     use candle_core::{DType, Device};
     use ingle_kernels::KvDtype;
 
-    use super::{LoadOptions, Placement, check_memory, load_causal_lm, parse_meminfo};
+    use super::{
+        ConfigJson, Decoder, LoadOptions, Loader, ModelSpec, Placement, QuantisedSource, Scheme,
+        check_memory, decoder_config, load_causal_lm, needed_bytes, parse_meminfo, placement, read_object,
+    };
     use crate::convert::{ConvertDtype, ConvertOptions, convert};
     use crate::gguf::writer::{tiny, tiny_quantised};
     use crate::weights::FolderSource;
@@ -293,6 +302,7 @@ mod tests {
             dtype: DType::BF16,
             activation_dtype: DType::F32,
             keep_blocks: false,
+            keep_fp8: false,
             kv_dtype: KvDtype::F32,
             device: Device::Cpu,
             max_len: 16,
@@ -302,6 +312,40 @@ mod tests {
         assert!(check(Some(2000)).is_ok() && check(None).is_ok());
         let message = check(Some(1999)).expect_err("too large").to_string();
         assert!(message.contains("needs 2000 bytes for its weights as bf16; 1999 bytes"), "{message}");
+    }
+
+    /// As on a GPU, where there are kernels for e4m3 numbers; here they become bf16, as the rest of this checkpoint is.
+    #[test]
+    fn fp8_checkpoints_stay_fp8_where_that_is_computed_with() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        for name in ["llama_fp8", "llama_fp8_channel", "qwen3_fp8_block"] {
+            let folder = folder.join(name);
+            let path = folder.join("config.json");
+            let object = read_object(&path).expect("a config");
+            let json = ConfigJson::new(&path, &object);
+            let scheme = Scheme::read(&json).expect("known").expect("quantised");
+            let source = QuantisedSource::open(&folder, &scheme).expect("the fixture");
+            let config = decoder_config(&json).expect("a config");
+            let spec = ModelSpec::new(&config, &source);
+            let mut placement =
+                placement(&config, &json, &spec, &source, &LoadOptions::default()).expect("a place");
+            assert!(!placement.keep_fp8, "only on a GPU");
+            let usual = load_causal_lm(&folder, &LoadOptions::default()).expect("loads");
+            let needed = needed_bytes(&spec, &source, &placement);
+            placement.keep_fp8 = true;
+            let mut loader = Loader::new(&source, &placement, false, None, (1, 1));
+            let info = usual.info().clone();
+            let model = Decoder::load(config, &spec, &mut loader, &placement, info, None).expect("loads");
+            assert_eq!(model.info().weight_format, "FP8, bf16", "{name}");
+            assert!(needed_bytes(&spec, &source, &placement) < needed, "{name}");
+            let (kept, usual) = (logits(&model), logits(&*usual));
+            let largest = usual.iter().flatten().fold(0.0_f32, |max, x| max.max(x.abs()));
+            for (kept, usual) in kept.iter().flatten().zip(usual.iter().flatten()) {
+                // To the bit, but that factors of blocks are in f16.
+                let off = if name == "qwen3_fp8_block" { 0.02 * largest } else { 0.0 };
+                assert!((kept - usual).abs() <= off, "{name}: {kept}, {usual}");
+            }
+        }
     }
 
     #[test]

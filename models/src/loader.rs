@@ -20,6 +20,7 @@ pub(crate) struct Loader<'a> {
     dtype: DType,
     quantization: Option<Quantization>,
     keep_blocks: bool,
+    keep_fp8: bool,
     /// Type that activations, and so biases, have.
     activation_dtype: DType,
     device: &'a Device,
@@ -50,6 +51,7 @@ impl<'a> Loader<'a> {
             dtype: placement.dtype,
             quantization: placement.quantization,
             keep_blocks: placement.keep_blocks,
+            keep_fp8: placement.keep_fp8,
             activation_dtype: placement.activation_dtype,
             device: &placement.device,
             unit_offset_norms,
@@ -122,6 +124,16 @@ impl<'a> Loader<'a> {
     /// The named matrices, stacked along their rows.
     fn named(&mut self, specs: &[TensorSpec]) -> Result<Weight> {
         let from = specs.first().and_then(|spec| self.source.stored_as(&spec.name)).map(str::to_owned);
+        if self.keep_fp8 && specs.iter().all(|spec| self.source.fp8_step(&spec.name).is_some()) {
+            let mut parts = Vec::with_capacity(specs.len());
+            for spec in specs {
+                let part = self.source.load_fp8(&spec.name)?;
+                self.loaded(part.bytes.len());
+                parts.push(part);
+            }
+            let weight = Weight::from_fp8(&parts, self.device)?;
+            return Ok(self.counted(weight, from.unwrap_or_else(|| Quantization::Fp8.name().to_owned())));
+        }
         let formats = specs.iter().map(|spec| self.source.block_format(&spec.name));
         let formats = formats.collect::<Option<Vec<_>>>().filter(|_| self.keep_blocks);
         match formats.as_deref() {
@@ -191,9 +203,11 @@ impl<'a> Loader<'a> {
 
     /// As [`Loader::linear`], but never quantised.
     pub(crate) fn exact_linear(&mut self, spec: &LinearSpec) -> Result<Linear> {
-        let rounding = (self.quantization.take(), std::mem::take(&mut self.keep_blocks));
+        let keep = (std::mem::take(&mut self.keep_blocks), std::mem::take(&mut self.keep_fp8));
+        let quantization = self.quantization.take();
         let linear = self.linear(spec);
-        (self.quantization, self.keep_blocks) = rounding;
+        self.quantization = quantization;
+        (self.keep_blocks, self.keep_fp8) = keep;
         linear
     }
 

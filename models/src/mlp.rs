@@ -1,7 +1,7 @@
 //! The gated MLP of a layer, dense or as one expert of a mixture.
 
 use candle_core::Tensor;
-use ingle_kernels::{Activation, Epilogue, ops};
+use ingle_kernels::{Activation, ops};
 
 use crate::error::Result;
 use crate::linear::Linear;
@@ -20,7 +20,7 @@ impl Mlp {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Linear { weight, bias } = &self.gate_up;
         // [T, hidden] -> [T, 2 * intermediate] -> [T, intermediate]
-        let gated = ops::linear_then(x, weight, bias.as_ref(), Epilogue::Gate(self.activation))?;
+        let gated = ops::gated_linear(x, weight, bias.as_ref(), self.activation)?;
         self.down.forward(&gated)
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{BlockType, QuantizedBlocks};
+use ingle_kernels::{BlockType, Fp8Matrix, QuantizedBlocks};
 
 use crate::Result;
 use crate::error::invalid;
@@ -75,6 +75,21 @@ pub trait TensorSource {
     /// As [`TensorSource::load`]; if it has another format.
     fn load_blocks(&self, name: &str) -> Result<QuantizedBlocks> {
         Err(invalid(self.path(), format!("tensor {name} has no blocks")))
+    }
+
+    /// Whether a tensor is stored as e4m3 numbers that [`Fp8Matrix`] can have, and the number of columns that must stay
+    /// together in each part of it.
+    fn fp8_step(&self, name: &str) -> Option<usize> {
+        let _ = name;
+        None
+    }
+
+    /// Reads a tensor that has a [`TensorSource::fp8_step`], its numbers unchanged.
+    ///
+    /// # Errors
+    /// As [`TensorSource::load`]; if it is stored otherwise.
+    fn load_fp8(&self, name: &str) -> Result<Fp8Matrix> {
+        Err(invalid(self.path(), format!("tensor {name} has no e4m3 numbers that are kept")))
     }
 
     /// Reads one tensor to CPU memory in its stored type; quantised ones dequantised.

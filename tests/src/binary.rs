@@ -13,7 +13,11 @@ use crate::PATIENCE;
 
 const HINT: &str = "build it first: cargo build --release -p ingle";
 
-/// The `ingle` of the profile these tests were built with. It must be there and newer than its sources.
+/// Names another program to test than the one that was built with these tests.
+const PROGRAM: &str = "INGLE_TEST_PROGRAM";
+
+/// The `ingle` of the profile these tests were built with, which must be there and newer than its sources; or what
+/// `INGLE_TEST_PROGRAM` names.
 ///
 /// # Panics
 /// If it is not; the message says what to run.
@@ -21,6 +25,10 @@ const HINT: &str = "build it first: cargo build --release -p ingle";
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
+        if let Some(program) = std::env::var_os(PROGRAM).map(PathBuf::from) {
+            assert!(program.is_file(), "{PROGRAM}: {} is not there", program.display());
+            return program;
+        }
         let test = std::env::current_exe().expect("a test knows its own path");
         // .../PROFILE/deps/integration-HASH
         let profile = test.ancestors().nth(2).expect("a test lies in a profile's folder");

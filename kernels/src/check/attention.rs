@@ -1,6 +1,6 @@
 //! Attention: through the cache, and over the tokens of a step.
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 use super::{Checker, Pair, Random, put, tolerance};
 use crate::error::Result;
@@ -8,11 +8,22 @@ use crate::kv_layer::{KvDtype, KvLayer};
 use crate::ops::{self, AttnParams, PagedMeta, RelativeBias, SelfAttnParams};
 use crate::reference;
 
-/// Query heads, key heads, width of a head.
-const HEADS: [(usize, usize, usize); 6] =
-    [(4, 4, 64), (8, 2, 64), (6, 1, 128), (32, 8, 128), (3, 3, 80), (4, 2, 256)];
+/// Query heads, key heads, width of a head: every width that kernels are made for and some between, groups of one to
+/// more than a tile's rows.
+pub(super) const HEADS: [(usize, usize, usize); 10] = [
+    (4, 4, 64),
+    (8, 2, 64),
+    (14, 2, 64),
+    (6, 1, 128),
+    (32, 8, 128),
+    (20, 1, 128),
+    (3, 3, 80),
+    (6, 2, 96),
+    (4, 2, 256),
+    (3, 1, 24),
+];
 /// Lengths in the cache and of the queries at their end: prompts, a chunk of one, decoding, long contexts.
-const STEPS: [&[(usize, usize)]; 5] = [
+pub(super) const STEPS: [&[(usize, usize)]; 5] = [
     &[(1, 1)],
     &[(17, 17), (5, 5), (64, 64)],
     &[(40, 7), (33, 1), (129, 100), (16, 1)],
@@ -22,16 +33,7 @@ const STEPS: [&[(usize, usize)]; 5] = [
 
 pub(super) fn check(checker: &mut Checker<'_>) {
     for &dtype in checker.dtypes() {
-        let cached: &[KvDtype] = if checker.device.is_cpu() {
-            &[KvDtype::F32, KvDtype::Bf16, KvDtype::F16]
-        } else {
-            match dtype {
-                DType::BF16 => &[KvDtype::Bf16],
-                DType::F16 => &[KvDtype::F16],
-                _ => &[KvDtype::F32],
-            }
-        };
-        for &kv_dtype in cached {
+        for &kv_dtype in cached(&checker.device, dtype) {
             let name = format!("paged_attention {} over {}", dtype.as_str(), kv_dtype.name());
             checker.run(name, tolerance(dtype), |random, device, check| {
                 for (heads, kv_heads, dim) in HEADS {
@@ -46,14 +48,69 @@ pub(super) fn check(checker: &mut Checker<'_>) {
             format!("self_attention {}", dtype.as_str()),
             tolerance(dtype),
             |random, device, check| {
-                for (idx, (heads, _, dim)) in HEADS.into_iter().enumerate() {
+                for (idx, heads) in HEADS.into_iter().enumerate() {
                     for lengths in [&[1][..], &[5, 33, 1], &[130, 64], &[300]] {
-                        check(over_the_step(random, device, (heads, dim), lengths, idx, dtype)?)?;
+                        check(over_the_step(random, device, heads, lengths, idx, dtype)?)?;
                     }
                 }
                 Ok(())
             },
         );
+    }
+}
+
+/// Sequences in blocks in random order.
+pub(super) struct Paged {
+    /// What is in the cache before the step.
+    pub(super) before: PagedMeta,
+    /// The step.
+    pub(super) step: PagedMeta,
+    pub(super) num_slots: usize,
+}
+
+impl Paged {
+    const BLOCK: usize = 16;
+
+    /// Of these lengths, each with queries for its last tokens.
+    pub(super) fn new(random: &mut Random, lengths: &[(usize, usize)]) -> Self {
+        let total: usize = lengths.iter().map(|(len, _)| len.div_ceil(Self::BLOCK)).sum();
+        let num_blocks = total + 3;
+        let mut free: Vec<u32> = (0..num_blocks as u32).collect();
+        let mut step = PagedMeta {
+            block_size: Self::BLOCK,
+            cu_seqlens_q: vec![0],
+            cu_blocks: vec![0],
+            ..PagedMeta::default()
+        };
+        let mut before = step.clone();
+        for (len, queries) in lengths {
+            for _ in 0..len.div_ceil(Self::BLOCK) {
+                let block = free.swap_remove(random.below(free.len()));
+                step.block_tables.push(block);
+            }
+            step.cu_blocks.push(step.block_tables.len() as u32);
+            step.seq_lens.push(*len as u32);
+            for position in 0..*len {
+                let slot = step.slot(step.seq_lens.len() - 1, position) as u32;
+                let part = if position < len - queries { &mut before } else { &mut step };
+                part.positions.push(position as u32);
+                part.slot_mapping.push(slot);
+            }
+            step.cu_seqlens_q.push(step.positions.len() as u32);
+        }
+        Self { before, step, num_slots: num_blocks * Self::BLOCK }
+    }
+}
+
+/// Types of the cache beside activations of `dtype`.
+pub(super) fn cached(device: &Device, dtype: DType) -> &'static [KvDtype] {
+    match (device.is_cpu(), device.is_cuda(), dtype) {
+        (true, ..) => &[KvDtype::F32, KvDtype::Bf16, KvDtype::F16],
+        (_, true, DType::BF16) => &[KvDtype::Bf16, KvDtype::Fp8],
+        (_, true, DType::F16) => &[KvDtype::F16, KvDtype::Fp8],
+        (_, _, DType::BF16) => &[KvDtype::Bf16],
+        (_, _, DType::F16) => &[KvDtype::F16],
+        _ => &[KvDtype::F32],
     }
 }
 
@@ -65,37 +122,15 @@ fn paged(
     lengths: &[(usize, usize)],
     (dtype, kv_dtype): (DType, KvDtype),
 ) -> Result<Pair> {
-    const BLOCK: usize = 16;
-    let total: usize = lengths.iter().map(|(len, _)| len.div_ceil(BLOCK)).sum();
-    let num_blocks = total + 3;
-    let mut free: Vec<u32> = (0..num_blocks as u32).collect();
-    let mut meta =
-        PagedMeta { block_size: BLOCK, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
-    let mut before = meta.clone();
-    for (len, queries) in lengths {
-        for _ in 0..len.div_ceil(BLOCK) {
-            let block = free.swap_remove(random.below(free.len()));
-            meta.block_tables.push(block);
-        }
-        meta.cu_blocks.push(meta.block_tables.len() as u32);
-        meta.seq_lens.push(*len as u32);
-        let table = meta.block_tables[meta.cu_blocks[meta.seq_lens.len() - 1] as usize..].to_vec();
-        for position in 0..*len {
-            let slot = table[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32;
-            let part = if position < len - queries { &mut before } else { &mut meta };
-            part.positions.push(position as u32);
-            part.slot_mapping.push(slot);
-        }
-        meta.cu_seqlens_q.push(meta.positions.len() as u32);
-    }
+    let Paged { before, step, num_slots } = Paged::new(random, lengths);
     let params = AttnParams {
         scale: 1.0 / (dim as f32).sqrt(),
         sliding_window: (random.below(3) == 0).then_some(37),
         softcap: (random.below(3) == 0).then_some(20.0),
     };
-    let mut there = KvLayer::new(num_blocks * BLOCK, kv_heads, dim, kv_dtype, device)?;
-    let mut here = KvLayer::portable(num_blocks * BLOCK, kv_heads, dim, kv_dtype, &Device::Cpu)?;
-    for part in [&before, &meta] {
+    let mut there = KvLayer::new(num_slots, kv_heads, dim, kv_dtype, device)?;
+    let mut here = KvLayer::portable(num_slots, kv_heads, dim, kv_dtype, &Device::Cpu)?;
+    for part in [&before, &step] {
         let tokens = part.slot_mapping.len();
         if tokens == 0 {
             continue;
@@ -105,18 +140,19 @@ fn paged(
         ops::store_kv(&mut there, &put(&k, dtype, device)?, &put(&v, dtype, device)?, part)?;
         reference::store_kv(&mut here, &k, &v, part)?;
     }
-    let q = random.tensor(&[meta.positions.len(), heads, dim], dtype)?;
+    let q = random.tensor(&[step.positions.len(), heads, dim], dtype)?;
     Ok(Pair {
-        found: ops::paged_attention(&put(&q, dtype, device)?, &there, &meta, &params)?,
-        wanted: reference::paged_attention(&q, &here, &meta, &params)?,
+        found: ops::paged_attention(&put(&q, dtype, device)?, &there, &step, &params)?,
+        wanted: reference::paged_attention(&q, &here, &step, &params)?,
         case: format!("{heads} heads over {kv_heads} of {dim}, {lengths:?}, {params:?}"),
     })
 }
 
+/// Queries, keys and values are parts of one tensor, as a stacked projection leaves them.
 fn over_the_step(
     random: &mut Random,
     device: &Device,
-    (heads, dim): (usize, usize),
+    (heads, kv_heads, dim): (usize, usize, usize),
     lengths: &[usize],
     idx: usize,
     dtype: DType,
@@ -126,8 +162,7 @@ fn over_the_step(
     for len in lengths {
         cu_seqlens.push(cu_seqlens.last().copied().unwrap_or(0) + *len as u32);
     }
-    let mut part = || random.tensor(&[tokens, heads, dim], dtype);
-    let (q, k, v) = (part()?, part()?, part()?);
+    let all = random.tensor(&[tokens, heads + 2 * kv_heads, dim], dtype)?;
     let scale = 1.0 / (dim as f32).sqrt();
     let params = match idx % 3 {
         0 => SelfAttnParams::bidirectional(scale),
@@ -138,10 +173,14 @@ fn over_the_step(
     let bias = (idx.is_multiple_of(2))
         .then(|| RelativeBias::new(heads, longest, |head, distance| (head as f32 - distance as f32) * 1e-2))
         .transpose()?;
-    let on = |x| put(x, dtype, device);
+    let parts = |all: &Tensor| -> Result<[Tensor; 3]> {
+        let part = |start, len| all.narrow(1, start, len);
+        Ok([part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?])
+    };
+    let ([q, k, v], here) = (parts(&put(&all, dtype, device)?)?, parts(&all)?);
     Ok(Pair {
-        found: ops::self_attention(&on(&q)?, &on(&k)?, &on(&v)?, &cu_seqlens, bias.as_ref(), &params)?,
-        wanted: reference::self_attention(&q, &k, &v, &cu_seqlens, bias.as_ref(), &params)?,
-        case: format!("{heads} heads of {dim}, {lengths:?}, {params:?}"),
+        found: ops::self_attention(&q, &k, &v, &cu_seqlens, bias.as_ref(), &params)?,
+        wanted: reference::self_attention(&here[0], &here[1], &here[2], &cu_seqlens, bias.as_ref(), &params)?,
+        case: format!("{heads} heads over {kv_heads} of {dim}, {lengths:?}, {params:?}"),
     })
 }

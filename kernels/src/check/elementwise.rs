@@ -1,13 +1,14 @@
 //! What is computed number by number or row by row.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{Checker, Pair, put, tolerance};
 use crate::ops::{self, Activation, RopeTables};
 use crate::reference;
 
 /// Rows and widths: one, odd, a warp, more than a block of threads.
-const SHAPES: [(usize, usize); 7] = [(1, 64), (3, 96), (7, 129), (1, 2048), (33, 576), (5, 4096), (2, 70)];
+const SHAPES: [(usize, usize); 9] =
+    [(1, 64), (1, 1), (3, 96), (7, 129), (1, 2048), (33, 576), (5, 4104), (2, 70), (1, 16_384)];
 const ACTIVATIONS: [Activation; 4] =
     [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
 
@@ -16,13 +17,30 @@ pub(super) fn check(checker: &mut Checker<'_>) {
         let name = dtype.as_str();
         checker.run(format!("rms_norm {name}"), tolerance(dtype), |random, device, check| {
             for (rows, width) in SHAPES {
-                let (x, weight) = (
-                    random.tensor(&[rows, width], dtype)?,
-                    random.tensor(&[width], candle_core::DType::F32)?,
-                );
+                let (x, weight) =
+                    (random.tensor(&[rows, width], dtype)?, random.tensor(&[width], DType::F32)?);
                 let found = ops::rms_norm(&put(&x, dtype, device)?, &weight.to_device(device)?, 1e-5)?;
                 let wanted = reference::rms_norm(&x, &weight, 1e-5)?;
                 check(Pair { found, wanted, case: format!("{rows} x {width}") })?;
+            }
+            Ok(())
+        });
+        checker.run(format!("add_rms_norm {name}"), tolerance(dtype), |random, device, check| {
+            for (idx, (rows, width)) in SHAPES.into_iter().enumerate() {
+                // Rows further apart than they are wide, as parts of a stacked projection are.
+                let a = random.tensor(&[rows, width + 8], dtype)?;
+                let b = random.tensor(&[rows, width], dtype)?;
+                let weight = random.tensor(&[width], DType::F32)?;
+                let scale = [1.0, 0.5][idx % 2];
+                let (there, other) = (put(&a, dtype, device)?.narrow(1, 8, width)?, put(&b, dtype, device)?);
+                let (sum, normed) =
+                    ops::add_rms_norm((&there, &other), scale, &weight.to_device(device)?, 1e-5)?;
+                let wanted =
+                    (a.narrow(1, 8, width)? + (b * scale)?)?.to_dtype(dtype)?.to_dtype(DType::F32)?;
+                let case = format!("{rows} x {width}");
+                let norm = reference::rms_norm(&wanted, &weight, 1e-5)?;
+                check(Pair { found: normed, wanted: norm, case: format!("{case}, normed") })?;
+                check(Pair { found: sum, wanted, case: format!("{case}, the sum") })?;
             }
             Ok(())
         });

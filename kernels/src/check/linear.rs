@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Tensor};
 use super::{Checker, Pair, Random, put, tolerance};
 use crate::cpu::isa;
 use crate::error::Result;
-use crate::ops::{self, Activation, Epilogue};
-use crate::weight::{BlockType, Fp8Matrix, Quantization, QuantizedBlocks, Weight};
+use crate::fp8::Fp8Matrix;
+use crate::ops::{self, Activation};
+use crate::weight::{BlockType, Quantization, QuantizedBlocks, Weight};
 
 /// Rows and columns of a matrix; columns of whole blocks, and others.
 const SHAPES: [(usize, usize); 5] = [(48, 64), (257, 96), (96, 1024), (1000, 160), (2048, 512)];
@@ -104,14 +105,10 @@ fn products(
         check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols}") })?;
     }
     for tokens in [1, 9, 40, 300] {
-        let (x, other) = (random.tensor(&[tokens, cols], dtype)?, random.tensor(&[tokens, rows], dtype)?);
-        let on_device = put(&x, dtype, device)?;
-        let found = ops::linear_then(&on_device, weight, None, Epilogue::Add(&put(&other, dtype, device)?))?;
-        let product = x.matmul(&matrix.t()?)?;
-        let wanted = (&product + &other)?;
-        check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols} and a residual") })?;
         if rows.is_multiple_of(2) {
-            let found = ops::linear_then(&on_device, weight, None, Epilogue::Gate(Activation::Silu))?;
+            let x = random.tensor(&[tokens, cols], dtype)?;
+            let found = ops::gated_linear(&put(&x, dtype, device)?, weight, None, Activation::Silu)?;
+            let product = x.matmul(&matrix.t()?)?;
             let (gate, up) = (product.narrow(1, 0, rows / 2)?, product.narrow(1, rows / 2, rows / 2)?);
             let wanted = (gate.silu()? * up)?;
             check(Pair { found, wanted, case: format!("{tokens} by {rows} x {cols}, gated") })?;
@@ -128,12 +125,14 @@ enum Format {
     Rounded(Quantization),
     Blocks(BlockType),
     Fp8,
+    /// With factors for groups of columns.
+    Fp8Grouped,
 }
 
 fn formats(_: &Device) -> Vec<Format> {
     let rounded = [Quantization::Int8, Quantization::Int4].map(Format::Rounded);
     let blocks = [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4_1].map(Format::Blocks);
-    rounded.into_iter().chain(blocks).chain([Format::Fp8]).collect()
+    rounded.into_iter().chain(blocks).chain([Format::Fp8, Format::Fp8Grouped]).collect()
 }
 
 impl Format {
@@ -142,6 +141,7 @@ impl Format {
             Self::Rounded(quantization) => quantization.name(),
             Self::Blocks(block_type) => block_type.name(),
             Self::Fp8 => "fp8",
+            Self::Fp8Grouped => "grouped fp8",
         }
     }
 
@@ -149,7 +149,7 @@ impl Format {
         match self {
             // Three bits of mantissa on both sides, and twice in a gated product.
             Self::Fp8 => 1e-1,
-            Self::Rounded(_) | Self::Blocks(_) => 2e-2,
+            Self::Rounded(_) | Self::Blocks(_) | Self::Fp8Grouped => 2e-2,
         }
     }
 
@@ -170,8 +170,13 @@ impl Format {
                     Weight::quantized(&matrix, *quantization, device)?,
                 )
             }
-            Self::Fp8 => {
-                let parts = [Fp8Matrix::round(&random.tensor(&[rows, cols], DType::F32)?)?];
+            Self::Fp8 | Self::Fp8Grouped => {
+                let mut matrix = Fp8Matrix::round(&random.tensor(&[rows, cols], DType::F32)?)?;
+                if matches!(self, Self::Fp8Grouped) {
+                    let mut factor = || half::f16::from_f32((random.below(100) as f32 + 1.0) / 100.0);
+                    matrix.factors = (0..rows * matrix.groups()).map(|_| factor()).collect();
+                }
+                let parts = [matrix];
                 (Weight::from_fp8(&parts, cpu)?, Weight::from_fp8(&parts, device)?)
             }
             Self::Blocks(block_type) => {

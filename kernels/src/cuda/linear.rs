@@ -14,7 +14,7 @@ use half::{bf16, f16};
 
 use super::module::{Argument, File, address, address_mut, computes_fp8, launch, multiprocessors};
 use crate::error::{Result, argument};
-use crate::ops::{self, Activation, Epilogue};
+use crate::ops::{self, Activation};
 use crate::tiles::{
     LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, TileFormat, TiledMatrix,
     can_gate,
@@ -99,7 +99,7 @@ impl DeviceTiles {
 
     fn unpack<T: Number>(&self, ids: u64, first: usize, count: usize, out: u64) -> Result<()> {
         let kind = match self.format {
-            TileFormat::Fp8 => "fp8",
+            TileFormat::Fp8 | TileFormat::Fp8Grouped => "fp8",
             TileFormat::Int8 => "bytes",
             TileFormat::Int4 | TileFormat::Int4WithMinima => "halves",
         };
@@ -150,17 +150,17 @@ impl Operand<'_> {
     }
 }
 
-/// `x [tokens, cols]` times the matrix transposed, and what follows; `None` where the plain operations should do it. Shapes
+/// `x [tokens, cols]` times the matrix transposed, gated if an activation is given; `None` where the plain operations should do it. Shapes
 /// were checked.
 pub(crate) fn linear(
     x: &Tensor,
     matrix: Operand<'_>,
     bias: Option<&Tensor>,
-    then: Epilogue<'_>,
+    gate: Option<Activation>,
 ) -> Result<Option<Tensor>> {
     match x.dtype() {
-        DType::BF16 => product::<bf16>(x, matrix, bias, then),
-        DType::F16 => product::<f16>(x, matrix, bias, then),
+        DType::BF16 => product::<bf16>(x, matrix, bias, gate),
+        DType::F16 => product::<f16>(x, matrix, bias, gate),
         _ => match matrix {
             Operand::Dense(_) => Ok(None),
             // Types that nobody computes in on a GPU but to compare: right, and no more.
@@ -171,7 +171,7 @@ pub(crate) fn linear(
                     Some(bias) => y.broadcast_add(&bias.to_dtype(x.dtype())?)?,
                     None => y,
                 };
-                ops::apply(y, then).map(Some)
+                gated(y, gate).map(Some)
             }
         },
     }
@@ -181,7 +181,7 @@ fn product<T: Number>(
     x: &Tensor,
     matrix: Operand<'_>,
     bias: Option<&Tensor>,
-    then: Epilogue<'_>,
+    gate: Option<Activation>,
 ) -> Result<Option<Tensor>> {
     let (tokens, _) = x.dims2()?;
     let (rows, cols) = matrix.dims()?;
@@ -205,23 +205,15 @@ fn product<T: Number>(
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
         };
-        return ops::apply(y, then).map(Some);
+        return gated(y, gate).map(Some);
     }
     // What the kernel cannot do while it stores is done afterwards.
-    let (fused, after) = match then {
-        Epilogue::Gate(_) if !can_gate(rows) => (Epilogue::None, then),
-        Epilogue::Add(other) if other.dtype() != T::DTYPE || other.stride()[1] != 1 => (Epilogue::None, then),
-        then => (then, Epilogue::None),
-    };
+    let (fused, after) = if can_gate(rows) { (gate, None) } else { (None, gate) };
     let device = x.device().as_cuda_device()?;
-    let width = if matches!(fused, Epilogue::Gate(_)) { rows / 2 } else { rows };
+    let width = if fused.is_some() { rows / 2 } else { rows };
     let mut y = room::<T>(device, tokens, width)?;
     let y_at = address_mut(device, &mut y);
     let x_at = Address::of::<T>(&x)?;
-    let residual = match fused {
-        Epilogue::Add(other) => Some(Address::of::<T>(other)?),
-        Epilogue::None | Epilogue::Gate(_) => None,
-    };
     let (format, codes, unit, weights_wide) = match matrix {
         Operand::Dense(matrix) => {
             let at = Address::of::<T>(matrix)?;
@@ -238,14 +230,13 @@ fn product<T: Number>(
         rows: rows as u32,
         cols: cols as u32,
         x_stride: x_at.stride as u32,
-        residual_stride: residual.as_ref().map_or(0, |residual| residual.stride as u32),
         unit,
         activation: match fused {
-            Epilogue::Gate(Activation::Silu) => 0,
-            Epilogue::Gate(Activation::GeluTanh) => 1,
-            Epilogue::Gate(Activation::Gelu) => 2,
-            Epilogue::Gate(Activation::Relu) => 3,
-            Epilogue::None | Epilogue::Add(_) => LinearArgs::NOT_GATED,
+            Some(Activation::Silu) => 0,
+            Some(Activation::GeluTanh) => 1,
+            Some(Activation::Gelu) => 2,
+            Some(Activation::Relu) => 3,
+            None => LinearArgs::NOT_GATED,
         },
         flags: if x_at.wide(cols) { LinearArgs::WIDE_X } else { 0 }
             + if weights_wide { LinearArgs::WIDE_WEIGHTS } else { 0 },
@@ -262,7 +253,6 @@ fn product<T: Number>(
         let from = |start: u64, stride: usize| start + (first * stride * size_of::<T>()) as u64;
         let args = LinearArgs {
             x: from(x_at.start, x_at.stride),
-            residual: residual.as_ref().map_or(0, |residual| from(residual.start, residual.stride)),
             y: from(y_at, width),
             tokens: count as u32,
             ..args
@@ -271,12 +261,19 @@ fn product<T: Number>(
             Some(rounded) => (ROUNDED_FP8, File::LinearFp8, rounded.part(device, first, args)),
             None => (format, T::FILE, args),
         };
-        let gated = args.activation != LinearArgs::NOT_GATED;
-        let shape = LinearShape { tokens: count, rows, cols, gated };
+        let shape = LinearShape { tokens: count, rows, cols, gated: fused.is_some() };
         let plan = LinearPlan::new(T::NAME, format, shape, multiprocessors(device)?, one_order);
         run::<T>(device, (&plan, file), args, width)?;
     }
-    ops::apply(tensor(y, (tokens, width), device), after).map(Some)
+    gated(tensor(y, (tokens, width), device), after).map(Some)
+}
+
+/// The gate as an operation of its own.
+fn gated(y: Tensor, gate: Option<Activation>) -> Result<Tensor> {
+    match gate {
+        Some(activation) => ops::gated_activation(&y, activation),
+        None => Ok(y),
+    }
 }
 
 /// Activations as e4m3 numbers, columns padded to whole tiles, and each token's scale.

@@ -18,8 +18,6 @@ pub struct LinearArgs {
     pub token_scales: u64,
     /// `[rows]` in the type of `x`.
     pub bias: u64,
-    /// `[tokens, rows]` in the type of `x`, rows `residual_stride` elements apart.
-    pub residual: u64,
     /// `[tokens, rows]`, or half the columns if gated.
     pub y: u64,
     /// `[splits, tokens, rows]` f32, if the columns are split.
@@ -32,8 +30,6 @@ pub struct LinearArgs {
     pub cols: u32,
     /// See `x`.
     pub x_stride: u32,
-    /// See `residual`.
-    pub residual_stride: u32,
     /// Factor on all scales.
     pub unit: f32,
     /// One of the constants below.

@@ -103,28 +103,38 @@ impl Matrix {
         Self::tiled(&TiledMatrix::from_blocks(&parts).expect("blocks"), meant)
     }
 
-    fn fp8(rng: &mut ChaCha8Rng, rows: usize, cols: usize) -> Self {
+    /// In parts of several rows; `grouped`: with factors for groups of columns, but in the first part.
+    fn fp8(rng: &mut ChaCha8Rng, rows: usize, cols: usize, grouped: bool) -> Self {
+        let groups = cols.div_ceil(Fp8Matrix::GROUP);
         let (mut meant, mut parts, mut left) = (Vec::new(), Vec::new(), rows);
         while left > 0 {
             let part_rows = left.min(1 + rows / 2);
             left -= part_rows;
             let row_scales: Vec<f32> = (0..part_rows).map(|_| rng.random_range(0.0005..0.002)).collect();
+            let num_factors =
+                if grouped && (!parts.is_empty() || left == 0) { part_rows * groups } else { 0 };
+            let factors: Vec<f16> =
+                (0..num_factors).map(|_| f16::from_f32(rng.random_range(0.1..1.0))).collect();
             // Every number, the least ones and both zeros too.
             let bytes: Vec<u8> = (0..part_rows * cols)
                 .map(|_| rng.random::<u8>())
                 .map(|code| if code & 127 == 127 { code ^ 1 } else { code })
                 .collect();
-            for (row, scale) in bytes.chunks(cols).zip(&row_scales) {
-                meant.extend(row.iter().map(|code| f64::from(fp8_to_f32(*code)) * f64::from(*scale)));
+            for (at, code) in bytes.iter().enumerate() {
+                let (row, col) = (at / cols, at % cols);
+                let factor = factors.get(row * groups + col / Fp8Matrix::GROUP).copied().unwrap_or(f16::ONE);
+                let scale = f64::from(row_scales[row]) * f64::from(factor.to_f32());
+                meant.push(f64::from(fp8_to_f32(*code)) * scale);
             }
-            parts.push(Fp8Matrix { bytes, rows: part_rows, cols, row_scales });
+            parts.push(Fp8Matrix { bytes, rows: part_rows, cols, row_scales, factors });
         }
         Self::tiled(&TiledMatrix::from_fp8(&parts).expect("numbers"), meant)
     }
 
     /// One of each format.
     fn each(rng: &mut ChaCha8Rng, activations: Format, rows: usize, cols: usize) -> Vec<Self> {
-        let mut all = vec![Self::dense(rng, activations, rows, cols, 0), Self::fp8(rng, rows, cols)];
+        let mut all = vec![Self::dense(rng, activations, rows, cols, 0)];
+        all.extend([false, true].map(|grouped| Self::fp8(rng, rows, cols, grouped)));
         if cols.is_multiple_of(32) {
             for block_type in [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4_1] {
                 all.push(Self::blocks(rng, block_type, rows, cols));
@@ -137,7 +147,6 @@ impl Matrix {
 #[derive(Clone, Copy, Default)]
 struct Extra<'a> {
     bias: Option<&'a [f32]>,
-    residual: Option<&'a [f32]>,
     activation: Option<u32>,
     one_order: bool,
     /// Activations are rounded to e4m3, a scale a token.
@@ -157,7 +166,6 @@ fn product(activations: Format, m: &Matrix, x: &[f32], extra: Extra<'_>, seed: u
     let width = if gated { m.rows / 2 } else { m.rows };
     let x = encoded(activations, &spread);
     let bias = encoded(activations, extra.bias.unwrap_or(&[]));
-    let residual = encoded(activations, extra.residual.unwrap_or(&[]));
     let y = room(activations, tokens * width);
     let shape = LinearShape { tokens, rows: m.rows, cols: m.cols, gated };
     // Few multiprocessors, so that small matrices are split too, but not all of them.
@@ -185,14 +193,12 @@ fn product(activations: Format, m: &Matrix, x: &[f32], extra: Extra<'_>, seed: u
         row_scales: given(m.has[2], m.row_scales.address()),
         token_scales: given(extra.rounded, token_scales.address()),
         bias: given(extra.bias.is_some(), bias.address()),
-        residual: given(extra.residual.is_some(), residual.address()),
         y: y.address() as u64,
         partial: given(plan.splits > 1, partial.address()),
         tokens: tokens as u32,
         rows: m.rows as u32,
         cols: m.cols as u32,
         x_stride: if extra.rounded { padded } else { stride } as u32,
-        residual_stride: m.rows as u32,
         unit: m.unit,
         activation: extra.activation.unwrap_or(LinearArgs::NOT_GATED),
         flags: (if m.cols.is_multiple_of(8) && stride.is_multiple_of(8) { LinearArgs::WIDE_X } else { 0 })
@@ -305,7 +311,7 @@ fn a_token_has_the_same_bits_in_any_company() {
 }
 
 #[test]
-fn bias_and_residual_are_added() {
+fn a_bias_is_added_and_gaps_are_not_read() {
     if !available() {
         return;
     }
@@ -315,21 +321,15 @@ fn bias_and_residual_are_added() {
             for tokens in [1, 5, 19] {
                 let x = activations_of(&mut rng, activations, tokens * m.cols);
                 let bias = activations_of(&mut rng, activations, m.rows);
-                let residual = activations_of(&mut rng, activations, tokens * m.rows);
-                let extra =
-                    Extra { bias: Some(&bias), residual: Some(&residual), gap: 8, ..Extra::default() };
                 let mut wanted = sums(&m, &x);
                 for (i, (sum, _)) in wanted.iter_mut().enumerate() {
-                    *sum += f64::from(bias[i % m.rows]) + f64::from(residual[i]);
+                    *sum += f64::from(bias[i % m.rows]);
                 }
-                let found = product(activations, &m, &x, extra, 7);
-                check(activations, &m, &found, &wanted, &format!("{tokens} tokens, bias and residual"));
-                let no_residual = Extra { residual: None, gap: 3, ..extra };
-                let found = product(activations, &m, &x, no_residual, 0);
-                for (i, (sum, _)) in wanted.iter_mut().enumerate() {
-                    *sum -= f64::from(residual[i]);
+                for (gap, seed) in [(8, 7), (3, 0)] {
+                    let extra = Extra { bias: Some(&bias), gap, ..Extra::default() };
+                    let found = product(activations, &m, &x, extra, seed);
+                    check(activations, &m, &found, &wanted, &format!("{tokens} tokens, bias, gaps of {gap}"));
                 }
-                check(activations, &m, &found, &wanted, &format!("{tokens} tokens, bias and gaps"));
             }
         }
     }
@@ -393,7 +393,7 @@ fn rounded_activations_are_multiplied_exactly() {
     let mut rng = rng(27);
     for activations in TYPES {
         for (rows, cols, gap) in [(17, 64, 0), (130, 1056, 8), (32, 45, 0), (64, 600, 3)] {
-            let m = Matrix::fp8(&mut rng, rows, cols);
+            let m = Matrix::fp8(&mut rng, rows, cols, false);
             for tokens in [1, 19, 40] {
                 let mut x = activations_of(&mut rng, activations, tokens * cols);
                 // Tokens of different sizes; one is nothing at all.
@@ -483,7 +483,7 @@ fn rounded_weights_are_those_of_the_cpu() {
 /// Rows by ids and in order, in every type of output.
 fn rows_are_unpacked(m: &Matrix) {
     let kind = match m.format {
-        "fp8" => "fp8",
+        "fp8" | "fp8g" => "fp8",
         "int8" => "bytes",
         _ => "halves",
     };
@@ -538,5 +538,7 @@ fn blocks_are_unpacked() {
             rows_are_unpacked(&Matrix::blocks(&mut rng, block_type, rows, cols));
         }
     }
-    rows_are_unpacked(&Matrix::fp8(&mut rng, 18, 45));
+    for grouped in [false, true] {
+        rows_are_unpacked(&Matrix::fp8(&mut rng, 18, 45, grouped));
+    }
 }

@@ -304,6 +304,7 @@ fn placement(
         dtype,
         activation_dtype: if options.device.is_cpu() { DType::F32 } else { dtype },
         keep_blocks: false,
+        keep_fp8: false,
         kv_dtype: ingle_kernels::KvDtype::F32,
         device: options.device.clone(),
         max_len,

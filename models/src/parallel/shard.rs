@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use ingle_kernels::{BlockType, QuantizedBlocks};
+use ingle_kernels::{BlockType, Fp8Matrix, QuantizedBlocks};
 
 use crate::config::DecoderConfig;
 use crate::error::Result;
@@ -257,6 +257,47 @@ impl TensorSource for ShardedSource {
         Ok(QuantizedBlocks { block_type: blocks.block_type, rows, cols, bytes })
     }
 
+    fn fp8_step(&self, name: &str) -> Option<usize> {
+        let step = self.source.fp8_step(name)?;
+        let whole = |range: &Range<usize>| range.start.is_multiple_of(step) && range.end.is_multiple_of(step);
+        match self.slice(name) {
+            Some(Slice::Ranges { dim: 1, ranges }) if !ranges.iter().all(whole) => None,
+            Some(Slice::Zeros) => None,
+            _ => Some(step),
+        }
+    }
+
+    fn load_fp8(&self, name: &str) -> Result<Fp8Matrix> {
+        let whole = self.source.load_fp8(name)?;
+        let Some(Slice::Ranges { dim, ranges }) = self.slice(name) else { return Ok(whole) };
+        let groups = whole.cols.div_ceil(Fp8Matrix::GROUP);
+        let width: usize = ranges.iter().map(Range::len).sum();
+        if *dim == 0 {
+            return Ok(Fp8Matrix {
+                bytes: rows_of(&whole.bytes, whole.cols, ranges),
+                rows: width,
+                cols: whole.cols,
+                row_scales: rows_of(&whole.row_scales, 1, ranges),
+                factors: if whole.factors.is_empty() {
+                    Vec::new()
+                } else {
+                    rows_of(&whole.factors, groups, ranges)
+                },
+            });
+        }
+        // Of whole groups, which `fp8_step` saw to, or of a matrix that has no factors.
+        let of_groups: Vec<_> = ranges
+            .iter()
+            .map(|range| range.start / Fp8Matrix::GROUP..range.end.div_ceil(Fp8Matrix::GROUP))
+            .collect();
+        let factors = if whole.factors.is_empty() {
+            Vec::new()
+        } else {
+            columns_of(&whole.factors, groups, &of_groups)
+        };
+        Ok(Fp8Matrix { bytes: columns_of(&whole.bytes, whole.cols, ranges), cols: width, factors, ..whole })
+    }
+
     fn load(&self, name: &str) -> Result<Tensor> {
         match self.slice(name) {
             None => self.source.load(name),
@@ -264,4 +305,16 @@ impl TensorSource for ShardedSource {
             Some(Slice::Ranges { dim, ranges }) => self.source.load_part(name, *dim, ranges),
         }
     }
+}
+
+/// Ranges of the rows of a matrix of `width` columns.
+fn rows_of<T: Copy>(values: &[T], width: usize, ranges: &[Range<usize>]) -> Vec<T> {
+    ranges.iter().flat_map(|range| &values[range.start * width..range.end * width]).copied().collect()
+}
+
+/// Ranges of the columns of a matrix of `width` columns.
+fn columns_of<T: Copy>(values: &[T], width: usize, ranges: &[Range<usize>]) -> Vec<T> {
+    let of_row =
+        |row: &[T]| -> Vec<T> { ranges.iter().flat_map(|range| &row[range.clone()]).copied().collect() };
+    values.chunks_exact(width).flat_map(of_row).collect()
 }

@@ -2,14 +2,16 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use ingle_kernels::{Weight, ops};
 
 use super::group::{Connect, TensorParallel};
 use super::threads::ThreadCommunicator;
-use super::{Communicator, Place, Shards};
+use super::{Communicator, Place, ShardedSource, Shards};
 use crate::causal_lm::{CausalLm, LoadOptions};
 use crate::error::{Error, Result};
 use crate::json::{ConfigJson, read_object};
 use crate::layout::ModelSpec;
+use crate::prequant::{QuantisedSource, Scheme};
 use crate::registry::decoder_config;
 use crate::source::TensorSource;
 use crate::weights::FolderSource;
@@ -117,6 +119,50 @@ fn only_the_bytes_of_a_part_are_read() {
     }
     assert!(source.load_part(name, 0, &[60..65]).is_err());
     assert!(source.load_part(name, 2, &[0..1]).is_err());
+}
+
+#[test]
+fn each_rank_keeps_its_part_of_e4m3_numbers() {
+    // Scales of blocks: columns belong together by 32, and a quarter of the MLP's 192 is no whole number of those.
+    for (fixture_name, world_size, kept) in [
+        ("llama_fp8_channel", 2, 4),
+        ("llama_fp8_channel", 4, 4),
+        ("qwen3_fp8_block", 2, 4),
+        ("qwen3_fp8_block", 4, 3),
+    ] {
+        let path = fixture(fixture_name).join("config.json");
+        let object = read_object(&path).expect("a config");
+        let scheme = Scheme::read(&ConfigJson::new(&path, &object)).expect("known").expect("quantised");
+        let open = || QuantisedSource::open(&fixture(fixture_name), &scheme).expect("the fixture");
+        let mut seen = 0;
+        for name in ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"] {
+            let name = format!("model.layers.1.{name}.weight");
+            for rank in 0..world_size {
+                let shards = shards(fixture_name, rank, world_size).expect("divides");
+                let source = ShardedSource::new(Box::new(open()), shards);
+                if source.fp8_step(&name).is_none() {
+                    continue;
+                }
+                seen += 1;
+                let part = source.load_fp8(&name).expect("a part");
+                assert_eq!([part.rows, part.cols], source.shape(&name).expect("a shape"));
+                // What the codes stand for is what the rank would read dequantised.
+                let all: Vec<u32> = (0..part.rows as u32).collect();
+                let weight = Weight::from_fp8(&[part], &Device::Cpu).expect("a weight");
+                let have =
+                    ops::embedding(&all, &weight, DType::F32).and_then(|have| Ok(have.to_vec2::<f32>()?));
+                let want = source.load(&name).and_then(|want| Ok(want.to_vec2::<f32>()?)).expect("a part");
+                for (have, want) in have.expect("rows").iter().flatten().zip(want.iter().flatten()) {
+                    // In bf16 here, and factors are in f16.
+                    assert!(
+                        (have - want).abs() <= want.abs() / 200.0,
+                        "{name} of rank {rank}: {have}, {want}"
+                    );
+                }
+            }
+        }
+        assert_eq!(seen, world_size * kept, "{fixture_name} on {world_size} ranks");
+    }
 }
 
 /// Fails in one exchange of one step.

@@ -1,5 +1,8 @@
 //! FP8 weights: one byte of the type E4M3 each, and scales to multiply them by.
 
+use half::f16;
+use ingle_kernels::Fp8Matrix;
+
 use super::grouped::by_rows;
 
 /// What a scale is for.
@@ -26,6 +29,44 @@ impl ScaleOf {
             }
             _ => None,
         }
+    }
+}
+
+impl ScaleOf {
+    /// Columns that must stay together where [`ScaleOf::by_rows`] can say it; `None` where it cannot.
+    pub(super) fn step(self) -> Option<usize> {
+        match self {
+            Self::Tensor | Self::Row => Some(1),
+            Self::Block(_, cols) => cols.is_multiple_of(Fp8Matrix::GROUP).then_some(Fp8Matrix::GROUP),
+        }
+    }
+
+    /// The same scales as those of rows, and factors of groups of columns, as [`Fp8Matrix`] has them. A row's scale is
+    /// the largest of its blocks', which is kept exactly; factors are at most one, rounded to f16: off by 2^-11 of
+    /// themselves, where a code is off by 2^-4.
+    pub(super) fn by_rows(self, scales: &[f32], (rows, cols): (usize, usize)) -> (Vec<f32>, Vec<f16>) {
+        let (block_rows, block_cols) = match self {
+            Self::Tensor => return (vec![scales[0]; rows], Vec::new()),
+            Self::Row => return (scales.to_vec(), Vec::new()),
+            Self::Block(rows, cols) => (rows, cols),
+        };
+        let (mut row_scales, mut factors) = (Vec::with_capacity(rows), Vec::new());
+        for row in 0..rows {
+            let across = cols.div_ceil(block_cols);
+            let of_row = &scales[row / block_rows * across..][..across];
+            // Not `max`, which would pass over a NaN.
+            let largest = of_row
+                .iter()
+                .copied()
+                .fold(0.0, |max, scale: f32| if scale.abs() <= max { max } else { scale.abs() });
+            row_scales.push(largest);
+            let groups = (0..cols).step_by(Fp8Matrix::GROUP);
+            factors.extend(groups.map(|col| match of_row[col / block_cols] / largest {
+                factor if largest > 0.0 => f16::from_f32(factor),
+                _ => f16::ONE,
+            }));
+        }
+        (row_scales, factors)
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{BlockType, QuantizedBlocks};
+use ingle_kernels::{BlockType, Fp8Matrix, QuantizedBlocks};
 
 use super::fp8::{self, ScaleOf};
 use super::grouped::{Grouped, Packing, codes_per_word};
@@ -72,9 +72,7 @@ impl QuantisedSource {
             }
         }
         if activation_scales {
-            tracing::info!(
-                "the checkpoint's scales for activations are not used: activations are not rounded to FP8"
-            );
+            tracing::info!("the checkpoint's scales for activations are not used");
         }
         Ok(Self { folder, matrices })
     }
@@ -110,6 +108,12 @@ impl QuantisedSource {
             ));
         }
         Ok(grouped)
+    }
+
+    /// The codes of an FP8 matrix and what is in the tensor `scale`.
+    fn read_fp8(&self, name: &str, scale: &str) -> Result<(Vec<u8>, Vec<f32>)> {
+        let scales = self.folder.load(scale)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok((self.folder.read_bytes(name)?, scales))
     }
 }
 
@@ -277,14 +281,30 @@ impl TensorSource for QuantisedSource {
         })
     }
 
+    fn fp8_step(&self, name: &str) -> Option<usize> {
+        match &self.matrices.get(name)?.codes {
+            Codes::Fp8 { scale_of, .. } => scale_of.step(),
+            Codes::Grouped { .. } => None,
+        }
+    }
+
+    fn load_fp8(&self, name: &str) -> Result<Fp8Matrix> {
+        let Some(Matrix { shape: [rows, cols], codes: Codes::Fp8 { scale, scale_of }, .. }) =
+            self.matrices.get(name).filter(|_| self.fp8_step(name).is_some())
+        else {
+            return Err(invalid(self.path(), format!("tensor {name:?} has no e4m3 numbers that are kept")));
+        };
+        let (bytes, scales) = self.read_fp8(name, scale)?;
+        let (row_scales, factors) = scale_of.by_rows(&scales, (*rows, *cols));
+        Ok(Fp8Matrix { bytes, rows: *rows, cols: *cols, row_scales, factors })
+    }
+
     fn load(&self, name: &str) -> Result<Tensor> {
         let Some(matrix) = self.matrices.get(name) else { return self.folder.load(name) };
         let values = match &matrix.codes {
             Codes::Grouped { .. } => self.read_grouped(name, matrix)?.values(),
             Codes::Fp8 { scale, scale_of } => {
-                let scales =
-                    self.folder.load(scale)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-                let codes = self.folder.read_bytes(name)?;
+                let (codes, scales) = self.read_fp8(name, scale)?;
                 fp8::values(&codes, matrix.shape[1], &scales, *scale_of)
             }
         };

@@ -1,13 +1,16 @@
 use std::path::Path;
 
+use candle_core::{DType, Device};
 use half::f16;
-use ingle_kernels::{BlockType, QuantizedBlocks};
+use ingle_kernels::{BlockType, QuantizedBlocks, Weight, ops};
 use serde_json::{Value, json};
 
 use super::fp8::{self, ScaleOf, e4m3};
 use super::grouped::{Grouped, Packing};
 use super::scheme::{Awq, Fp8, Gptq, Scheme};
-use crate::json::ConfigJson;
+use super::source::QuantisedSource;
+use crate::json::{ConfigJson, read_object};
+use crate::source::TensorSource;
 
 /// What `quantization_config` says, or the message that refuses it.
 fn read(config: Value) -> Result<Scheme, String> {
@@ -250,4 +253,51 @@ fn symmetric_codes_become_blocks_exactly() {
     let mut grouped = matrix(Packing::Inputs, 4, 64, 32, |_, _| 1);
     grouped.scales[3] = 1e6;
     assert!(grouped.blocks(BlockType::Q4_1).is_none());
+}
+
+fn open(name: &str) -> QuantisedSource {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+    let path = folder.join("config.json");
+    let object = read_object(&path).expect("a config");
+    let scheme = Scheme::read(&ConfigJson::new(&path, &object)).expect("known").expect("quantised");
+    QuantisedSource::open(&folder, &scheme).expect("the fixture")
+}
+
+#[test]
+fn e4m3_numbers_are_kept_as_they_are() {
+    // Of seven projections in each of two layers; one checkpoint left one alone.
+    for (name, num_kept) in [("llama_fp8", 14), ("llama_fp8_channel", 13), ("qwen3_fp8_block", 14)] {
+        let source = open(name);
+        let kept: Vec<_> =
+            source.names().into_iter().filter(|name| source.fp8_step(name).is_some()).collect();
+        assert_eq!(kept.len(), num_kept, "{name}");
+        for tensor in kept {
+            let matrix = source.load_fp8(tensor).expect("e4m3 numbers");
+            assert_eq!(matrix.factors.is_empty(), name != "qwen3_fp8_block", "{name}");
+            let all: Vec<u32> = (0..matrix.rows as u32).collect();
+            let weight = Weight::from_fp8(&[matrix], &Device::Cpu).expect("a weight");
+            let have =
+                ops::embedding(&all, &weight, DType::F32).expect("rows").to_vec2::<f32>().expect("f32");
+            let want = source.load(tensor).expect("a tensor").to_vec2::<f32>().expect("f32");
+            for (have, want) in have.iter().flatten().zip(want.iter().flatten()) {
+                // In bf16 here, and factors are in f16.
+                assert!((have - want).abs() <= want.abs() / 200.0, "{name}: {tensor}: {have}, {want}");
+            }
+        }
+        assert!(source.fp8_step("model.embed_tokens.weight").is_none() && source.fp8_step("none").is_none());
+        assert!(source.load_fp8("model.norm.weight").is_err());
+    }
+}
+
+#[test]
+fn scales_of_blocks_become_those_of_rows_and_factors() {
+    let block = ScaleOf::Block(2, 64);
+    assert_eq!((block.step(), ScaleOf::Row.step()), (Some(32), Some(1)));
+    assert_eq!(ScaleOf::Block(2, 48).step(), None);
+    // Three rows of 100 columns: two blocks down, two across, the last ones smaller.
+    let (rows, factors) = block.by_rows(&[0.5, -2.0, 0.0, 0.0], (3, 100));
+    assert_eq!(rows, [2.0, 2.0, 0.0]);
+    let factors: Vec<f32> = factors.into_iter().map(f16::to_f32).collect();
+    assert_eq!(factors, [0.25, 0.25, -1.0, -1.0, 0.25, 0.25, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]);
+    assert!(block.by_rows(&[1.0, f32::NAN, 0.0, 0.0], (3, 100)).0[0].is_nan());
 }
