@@ -55,7 +55,7 @@ fn sources() -> Vec<PathBuf> {
 
 fn compile(nvcc: &Path, source: &Path, target: &Path) -> Command {
     let mut command = Command::new(nvcc);
-    command.args(["--fatbin", "-std=c++17", "-O3", "-lineinfo"]);
+    command.args(["--fatbin", "-std=c++17", "-O3"]);
     for architecture in ARCHITECTURES {
         command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
     }
