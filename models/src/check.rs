@@ -36,10 +36,21 @@ pub fn check_models(
         done.push(checked);
     };
     for folder in folders(fixtures)? {
+        let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let is_encoder = folder.parent().is_some_and(|parent| parent.ends_with("encoders"));
+        let kind = if is_encoder { "encoder" } else { "model" };
+        if !is_encoder && is_quantised(&folder) {
+            let mut checked = Checked {
+                name: format!("{kind} {name} as stored"),
+                cases: 0,
+                worst: 0.0,
+                tolerance: ROUNDED,
+                fault: None,
+            };
+            let outcome = generator(&folder, &name, device, None, &mut checked);
+            note(ended(checked, outcome));
+        }
         for &dtype in dtypes {
-            let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let is_encoder = folder.parent().is_some_and(|parent| parent.ends_with("encoders"));
-            let kind = if is_encoder { "encoder" } else { "model" };
             let mut checked = Checked {
                 name: format!("{kind} {name} {}", dtype.as_str()),
                 cases: 0,
@@ -50,7 +61,7 @@ pub fn check_models(
             let outcome = if is_encoder {
                 encoder(&folder, device, dtype, &mut checked)
             } else {
-                generator(&folder, &name, device, dtype, &mut checked)
+                generator(&folder, &name, device, Some(dtype), &mut checked)
             };
             note(ended(checked, outcome));
             // On the CPU a promise to the bit; on a GPU, unless it is asked for, the size of a batch may choose another
@@ -96,6 +107,15 @@ fn folders(fixtures: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
+/// Whether the weights in `folder` were quantised before they were saved; references are of what they stand for.
+fn is_quantised(folder: &Path) -> bool {
+    let config = read_file(&folder.join("config.json"), MAX_REFERENCE_BYTES).unwrap_or_default();
+    serde_json::from_slice::<Value>(&config).is_ok_and(|config| config["quantization_config"].is_object())
+}
+
+/// Of outputs where activations are rounded to eight bits beside weights that are kept as they are stored.
+const ROUNDED: f32 = 1.5e-1;
+
 /// Of a model's outputs, as a share of the largest: sums in another order, or activations rounded to 16 bits.
 fn tolerance(dtype: DType) -> f32 {
     if dtype == DType::F32 { 1e-3 } else { 6e-2 }
@@ -120,7 +140,13 @@ fn note(checked: &mut Checked, off: f32, what: impl FnOnce() -> String) {
 }
 
 /// Every prompt's last logits, and that each token of the reference's answer is the likeliest, or as good as.
-fn generator(folder: &Path, name: &str, device: &Device, dtype: DType, checked: &mut Checked) -> Result<()> {
+fn generator(
+    folder: &Path,
+    name: &str,
+    device: &Device,
+    dtype: Option<DType>,
+    checked: &mut Checked,
+) -> Result<()> {
     let max_model_len = (name == SHORT.0).then_some(SHORT.1);
     let model = load(folder, device, dtype, max_model_len)?;
     for (idx, prompt) in list(&reference(folder)?, "prompts").iter().enumerate() {
@@ -145,7 +171,7 @@ fn generator(folder: &Path, name: &str, device: &Device, dtype: DType, checked: 
 /// One sequence alone and among others.
 fn batches(folder: &Path, device: &Device, dtype: DType, checked: &mut Checked) -> Result<()> {
     const STEPS: usize = 6;
-    let model = load(folder, device, dtype, None)?;
+    let model = load(folder, device, Some(dtype), None)?;
     let reference = reference(folder)?;
     let prompts: Vec<Vec<u32>> = list(&reference, "prompts")
         .iter()
@@ -203,11 +229,10 @@ fn encoder(folder: &Path, device: &Device, dtype: DType, checked: &mut Checked) 
 fn load(
     folder: &Path,
     device: &Device,
-    dtype: DType,
+    dtype: Option<DType>,
     max_model_len: Option<usize>,
 ) -> Result<Box<dyn CausalLm>> {
-    let options =
-        LoadOptions { dtype: Some(dtype), device: device.clone(), max_model_len, ..LoadOptions::default() };
+    let options = LoadOptions { dtype, device: device.clone(), max_model_len, ..LoadOptions::default() };
     load_causal_lm(folder, &options)
 }
 
@@ -307,6 +332,8 @@ mod tests {
             done.iter().filter(|checked| !checked.passed()).map(ToString::to_string).collect();
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         assert!(done.len() > 35 && lines == done.len(), "{} checks", done.len());
+        let stored: Vec<_> = done.iter().filter(|checked| checked.name.ends_with("as stored")).collect();
+        assert!(stored.len() >= 9 && stored.iter().all(|checked| checked.worst > 0.0), "{stored:?}");
         let together = done.iter().find(|checked| checked.name.starts_with("alone and in batches"));
         assert!(together.is_some_and(|checked| checked.worst == 0.0 && checked.cases == 24), "{together:?}");
     }
