@@ -153,9 +153,9 @@ fn each_rank_keeps_its_part_of_e4m3_numbers() {
                     ops::embedding(&all, &weight, DType::F32).and_then(|have| Ok(have.to_vec2::<f32>()?));
                 let want = source.load(&name).and_then(|want| Ok(want.to_vec2::<f32>()?)).expect("a part");
                 for (have, want) in have.expect("rows").iter().flatten().zip(want.iter().flatten()) {
-                    // In bf16 here, and factors are in f16.
+                    // In bf16 here, or in f16 whose least numbers are coarse; factors are in f16.
                     assert!(
-                        (have - want).abs() <= want.abs() / 200.0,
+                        (have - want).abs() <= want.abs() / 200.0 + 1e-7,
                         "{name} of rank {rank}: {have}, {want}"
                     );
                 }

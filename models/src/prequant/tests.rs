@@ -280,8 +280,8 @@ fn e4m3_numbers_are_kept_as_they_are() {
                 ops::embedding(&all, &weight, DType::F32).expect("rows").to_vec2::<f32>().expect("f32");
             let want = source.load(tensor).expect("a tensor").to_vec2::<f32>().expect("f32");
             for (have, want) in have.iter().flatten().zip(want.iter().flatten()) {
-                // In bf16 here, and factors are in f16.
-                assert!((have - want).abs() <= want.abs() / 200.0, "{name}: {tensor}: {have}, {want}");
+                // In bf16 here, or in f16 whose least numbers are coarse; factors are in f16.
+                assert!((have - want).abs() <= want.abs() / 200.0 + 1e-7, "{name}: {tensor}: {have}, {want}");
             }
         }
         assert!(source.fp8_step("model.embed_tokens.weight").is_none() && source.fp8_step("none").is_none());
