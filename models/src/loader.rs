@@ -201,11 +201,14 @@ impl<'a> Loader<'a> {
         Ok(Linear { weight, bias })
     }
 
-    /// As [`Loader::linear`], but never quantised.
+    /// As [`Loader::linear`], but never quantised, and multiplied in the type of activations: for a few rows whose sums
+    /// are the answer, which 16-bit sums would round to three digits.
     pub(crate) fn exact_linear(&mut self, spec: &LinearSpec) -> Result<Linear> {
         let keep = (std::mem::take(&mut self.keep_blocks), std::mem::take(&mut self.keep_fp8));
         let quantization = self.quantization.take();
+        let dtype = std::mem::replace(&mut self.dtype, self.activation_dtype);
         let linear = self.linear(spec);
+        self.dtype = dtype;
         self.quantization = quantization;
         (self.keep_blocks, self.keep_fp8) = keep;
         linear

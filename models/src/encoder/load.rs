@@ -358,15 +358,12 @@ fn load_dense(spec: &DenseSpec, root: &Path, placement: &Placement) -> Result<(D
     let linear = layout::linear("", &["linear"], spec.out_features, spec.in_features, spec.bias);
     let specs: Vec<&TensorSpec> = linear.tensors().collect();
     let total = check_tensors(&specs, &source)?;
-    // As stored: rounding what comes last would cost more than it saves.
-    let placement = Placement {
-        dtype: source.dtype("linear.weight")?.unwrap_or(DType::F32),
-        quantization: None,
-        ..placement.clone()
-    };
+    // Rounding what comes last would cost more than it saves.
+    let placement =
+        Placement { dtype: placement.activation_dtype, quantization: None, ..placement.clone() };
     check_memory(&source, total, &placement, available_memory())?;
     let mut loader = Loader::new(&source, &placement, false, None, (specs.len(), total));
-    let linear = loader.linear(&linear)?;
+    let linear = loader.exact_linear(&linear)?;
     let layer = DenseLayer { linear, activation: spec.activation, norm: None };
     Ok((layer, loader.weight_bytes()))
 }
