@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::cpu::KvStore;
+use crate::cpu::{self, KvStore};
 use crate::error::{Result, argument};
 
 /// Keys and values of one layer for `num_slots` token slots (`num_blocks * block_size`).
@@ -17,9 +17,9 @@ pub struct KvLayer(pub(crate) KvStorage);
 pub enum KvDtype {
     /// As computed.
     F32,
-    /// Rounded to bf16.
+    /// Rounded to bf16; where the CPU multiplies f16, to f16 with a scale for each token and head.
     Bf16,
-    /// Rounded to f16.
+    /// Rounded to f16, with a scale as above where the CPU multiplies f16.
     F16,
     /// Signed bytes with an f32 scale for each token and head (on the CPU only).
     Int8,
@@ -28,14 +28,18 @@ pub enum KvDtype {
 }
 
 impl KvDtype {
-    /// Bytes that the key (or the value) of one token and head of `head_dim` elements takes.
+    /// Bytes that the key (or the value) of one token and head of `head_dim` elements takes on `device`, with its scale if it
+    /// has one.
     #[must_use]
-    pub fn head_bytes(self, head_dim: usize) -> usize {
+    pub fn head_bytes(self, head_dim: usize, device: &Device) -> usize {
+        if device.is_cpu() { cpu::head_bytes(self, head_dim) } else { self.element_bytes() * head_dim }
+    }
+
+    pub(crate) fn element_bytes(self) -> usize {
         match self {
-            Self::F32 => 4 * head_dim,
-            Self::Bf16 | Self::F16 => 2 * head_dim,
-            Self::Int8 => head_dim + 4,
-            Self::Fp8 => head_dim,
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+            Self::Int8 | Self::Fp8 => 1,
         }
     }
 

@@ -118,7 +118,7 @@ pub(crate) fn load_parts(
         weight_format: String::new(),
         kv_dtype: placement.kv_dtype,
         weight_bytes: 0,
-        kv_bytes_per_token: kv_bytes_per_token(&config, placement.kv_dtype),
+        kv_bytes_per_token: kv_bytes_per_token(&config, placement),
     };
     let mut loader = Loader::new(
         source,
@@ -195,8 +195,9 @@ fn bos_token_id(json: &ConfigJson<'_>, generation: &ConfigJson<'_>) -> Result<Op
 }
 
 /// Keys and values of all layers. The config's limits keep the product far from overflow.
-fn kv_bytes_per_token(config: &DecoderConfig, dtype: KvDtype) -> usize {
-    2 * config.layers.len() * config.num_kv_heads * dtype.head_bytes(config.head_dim)
+fn kv_bytes_per_token(config: &DecoderConfig, placement: &Placement) -> usize {
+    let head_bytes = placement.kv_dtype.head_bytes(config.head_dim, &placement.device);
+    2 * config.layers.len() * config.num_kv_heads * head_bytes
 }
 
 /// Refuses a model that the device cannot hold; `available`: bytes of the machine.

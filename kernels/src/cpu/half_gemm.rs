@@ -10,8 +10,8 @@
 //! row alone.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
+use super::halves::{MAX_BLOCK_ROWS, pack_block, widen};
 use super::matrix::{HALF_LANES, HalfPanels};
 use super::simd::{Avx512, LANES};
 use super::{OutPtr, Rows, Unwritten, pool, store_outputs};
@@ -20,10 +20,6 @@ use super::{OutPtr, Rows, Unwritten, pool, store_outputs};
 const CHAIN: usize = 16;
 /// Products that are summed in f16.
 const RUN: usize = 8 * CHAIN;
-/// The largest magnitude of a row of x is scaled to less than `2^X_EXPONENT`; with weights below 1 no run overflows.
-const X_EXPONENT: i32 = 8;
-/// Rows of a block at most.
-const MAX_BLOCK_ROWS: usize = 12;
 /// Sums that stay in registers beside their operands.
 const ACCUMULATORS: usize = 24;
 /// Panels that one group of accumulators spans at most.
@@ -101,63 +97,6 @@ impl Blocks {
         unsafe { data.set_len(x.num_rows * depth) };
         Self { blocks, data, scales }
     }
-}
-
-/// The power of two that brings magnitudes up to `largest` below `2^exponent`, and its inverse.
-pub(super) fn scale_to(largest: f32, exponent: i32) -> (f32, f32) {
-    // Exponent of the next power of two above; numbers too small for a factor's own range stay small.
-    let biased = ((largest.to_bits() >> 23) & 0xff) as i32;
-    let shift = (exponent - 1 - (biased - 127)).clamp(-120, 120);
-    let power = |shift: i32| f32::from_bits(((127 + shift) as u32) << 23);
-    (power(shift), power(-shift))
-}
-
-/// Scales, rounds and transposes rows of `depth` elements; writes all of `out`, `[depth][rows]`.
-///
-/// # Safety
-/// AVX-512 F/BW/VL/DQ; all rows have `depth` elements.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn pack_block(rows: &[&[f32]], depth: usize, out: &mut [MaybeUninit<u32>], scales: &mut [f32]) {
-    let mut factors = [0.0; MAX_BLOCK_ROWS];
-    for ((row, factor), scale) in rows.iter().zip(&mut factors).zip(scales) {
-        (*factor, *scale) = scale_to(largest_magnitude(row), X_EXPONENT);
-    }
-    let mut rounded = [[0_u32; LANES]; MAX_BLOCK_ROWS];
-    let mut k = 0;
-    while k < depth {
-        let width = LANES.min(depth - k);
-        let mask = u16::MAX >> (LANES - width);
-        for ((row, factor), rounded) in rows.iter().zip(factors).zip(&mut rounded) {
-            // SAFETY: the mask leaves `width` elements from `k` on; `rounded` has sixteen.
-            unsafe {
-                let x = _mm512_maskz_loadu_ps(mask, row.as_ptr().add(k));
-                let x = _mm512_mul_ps(x, _mm512_set1_ps(factor));
-                let half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
-                let twice = _mm512_or_si512(half, _mm512_slli_epi32::<16>(half));
-                _mm512_storeu_si512(rounded.as_mut_ptr().cast(), twice);
-            }
-        }
-        for (column, out) in out[k * rows.len()..].chunks_exact_mut(rows.len()).take(width).enumerate() {
-            for (out, rounded) in out.iter_mut().zip(&rounded) {
-                out.write(rounded[column]);
-            }
-        }
-        k += LANES;
-    }
-}
-
-/// The largest magnitude of a row; NaN counts as nothing: it stays what it is under any scale.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn largest_magnitude(row: &[f32]) -> f32 {
-    let (vectors, tail) = row.as_chunks::<LANES>();
-    let mut largest = _mm512_setzero_ps();
-    for x in vectors {
-        // SAFETY: sixteen elements.
-        let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
-        // Of a NaN and a number this instruction gives its second operand.
-        largest = _mm512_max_ps(_mm512_abs_ps(x), largest);
-    }
-    tail.iter().fold(_mm512_reduce_max_ps(largest), |max, x| max.max(x.abs()))
 }
 
 struct Job<'a> {
@@ -311,19 +250,13 @@ impl Job<'_> {
     }
 }
 
-/// Lanes 0..16 and 16..32.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512fp16")]
-fn widen(x: __m512h) -> [__m512; 2] {
-    let x = _mm512_castph_si512(x);
-    [_mm512_cvtph_ps(_mm512_castsi512_si256(x)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(x))]
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device, Tensor};
     use half::f16;
     use rand::{Rng, SeedableRng};
 
+    use super::super::halves::{FACTOR_EXPONENT, scale_to};
     use super::super::{Isa, PackedMatrix, isa, written};
     use super::*;
 
@@ -355,7 +288,7 @@ mod tests {
     fn by_the_book(x: &[f32], w: &[f32], bias: f32) -> f32 {
         let largest = |row: &[f32]| row.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         let ((x_factor, x_scale), (w_factor, w_scale)) =
-            (scale_to(largest(x), X_EXPONENT), scale_to(largest(w), 0));
+            (scale_to(largest(x), FACTOR_EXPONENT), scale_to(largest(w), 0));
         let mut sum = 0.0_f32;
         for (x, w) in x.chunks(RUN).zip(w.chunks(RUN)) {
             let mut run = f16::ZERO;
@@ -440,15 +373,5 @@ mod tests {
                 _ => assert_eq!(y, vec![k as f32; n]),
             }
         }
-    }
-
-    #[test]
-    fn scales_are_exact() {
-        for x in [1.0_f32, 0.75, 255.9, 3e38, 1e-37, 65504.0] {
-            let (factor, inverse) = scale_to(x, X_EXPONENT);
-            assert!(x * factor < 256.0 && (x * factor >= 128.0 || x < 1e-30), "{x}");
-            assert_eq!(x * factor * inverse, x);
-        }
-        assert!(scale_to(0.0, 0).0.is_finite() && scale_to(f32::INFINITY, 0).0 > 0.0);
     }
 }

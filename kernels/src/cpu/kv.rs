@@ -1,9 +1,9 @@
 //! Keys and values of one layer in CPU memory.
 
-use super::Rows;
 use super::buffer::AlignedBuf;
 use super::quant_gemm::round_to_bytes;
 use super::simd::LANES;
+use super::{Isa, OutPtr, Rows, isa, pool};
 use crate::KvDtype;
 use crate::error::{Result, argument};
 
@@ -17,7 +17,8 @@ use crate::error::{Result, argument};
 /// Slot `s` is lane `s % 16` of tile `s / 16`. With a block size that is a multiple of sixteen, sixteen aligned
 /// positions of a sequence are one tile and attention reads it in place; otherwise it gathers.
 ///
-/// Bytes have a scale for each slot's key and value of a head: `[tile][kv head][16 slots]`.
+/// Bytes, and 16-bit floats that are multiplied as such, have a scale for each slot's key and value of a head:
+/// `[tile][kv head][16 slots]`.
 #[derive(Debug)]
 pub(crate) struct KvStore {
     pub(super) num_slots: usize,
@@ -30,10 +31,54 @@ pub(crate) struct KvStore {
 
 #[derive(Debug)]
 pub(super) enum KvData {
-    F32 { k: AlignedBuf<f32>, v: AlignedBuf<f32> },
-    Bf16 { k: AlignedBuf<u16>, v: AlignedBuf<u16> },
-    F16 { k: AlignedBuf<u16>, v: AlignedBuf<u16> },
-    Int8 { k: AlignedBuf<i8>, v: AlignedBuf<i8>, k_scales: AlignedBuf<f32>, v_scales: AlignedBuf<f32> },
+    F32 {
+        k: AlignedBuf<f32>,
+        v: AlignedBuf<f32>,
+    },
+    Bf16 {
+        k: AlignedBuf<u16>,
+        v: AlignedBuf<u16>,
+    },
+    F16 {
+        k: AlignedBuf<u16>,
+        v: AlignedBuf<u16>,
+    },
+    Int8 {
+        k: AlignedBuf<i8>,
+        v: AlignedBuf<i8>,
+        k_scales: AlignedBuf<f32>,
+        v_scales: AlignedBuf<f32>,
+    },
+    /// f16, scaled to magnitudes below 1 by a power of two. Keeps what bf16 and f16 keep, but for numbers that are
+    /// less than `2^-14` of a row's largest.
+    #[cfg(target_arch = "x86_64")]
+    Halves {
+        k: AlignedBuf<u16>,
+        v: AlignedBuf<u16>,
+        k_scales: AlignedBuf<f32>,
+        v_scales: AlignedBuf<f32>,
+    },
+}
+
+/// Elements from which storing them is worth a parallel region.
+const PARALLEL_ELEMENTS: usize = 1 << 14;
+
+/// Whether caches of bf16 and f16 are kept as [`KvData::Halves`].
+fn as_halves() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa() == Isa::Avx512Fp16;
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Bytes that the key (or the value) of one token and head of `head_dim` elements takes.
+pub(crate) fn head_bytes(dtype: KvDtype, head_dim: usize) -> usize {
+    let scale = match dtype {
+        KvDtype::Int8 => size_of::<f32>(),
+        KvDtype::Bf16 | KvDtype::F16 if as_halves() => size_of::<f32>(),
+        _ => 0,
+    };
+    dtype.element_bytes() * head_dim + scale
 }
 
 impl KvStore {
@@ -42,6 +87,16 @@ impl KvStore {
         num_kv_heads: usize,
         head_dim: usize,
         dtype: KvDtype,
+    ) -> Result<Self> {
+        Self::with(num_slots, (num_kv_heads, head_dim), dtype, as_halves())
+    }
+
+    /// As [`KvStore::new`]; `halves`: bf16 and f16 as [`KvData::Halves`], where those may be used.
+    pub(super) fn with(
+        num_slots: usize,
+        (num_kv_heads, head_dim): (usize, usize),
+        dtype: KvDtype,
+        halves: bool,
     ) -> Result<Self> {
         let padded_dim = head_dim.next_multiple_of(LANES);
         let too_large = || argument("KvLayer::new", format!("{num_slots} slots are too many"));
@@ -52,6 +107,13 @@ impl KvStore {
         let u16s = |len| AlignedBuf::<u16>::zeroed(len).ok_or_else(too_large);
         let i8s = |len| AlignedBuf::<i8>::zeroed(len).ok_or_else(too_large);
         let data = match dtype {
+            #[cfg(target_arch = "x86_64")]
+            KvDtype::Bf16 | KvDtype::F16 if halves => KvData::Halves {
+                k: u16s(k_len)?,
+                v: u16s(v_len)?,
+                k_scales: f32s(rows)?,
+                v_scales: f32s(rows)?,
+            },
             KvDtype::F32 => KvData::F32 { k: f32s(k_len)?, v: f32s(v_len)? },
             KvDtype::Bf16 => KvData::Bf16 { k: u16s(k_len)?, v: u16s(v_len)? },
             KvDtype::F16 => KvData::F16 { k: u16s(k_len)?, v: u16s(v_len)? },
@@ -75,68 +137,82 @@ impl KvStore {
 
     /// Stores the key and value rows `[num_tokens, num_kv_heads * head_dim]` into `slots`, all below `num_slots`.
     pub(crate) fn store(&mut self, k: Rows<'_>, v: Rows<'_>, slots: &[u32]) {
-        let (heads, dim, padded) = (self.num_kv_heads, self.head_dim, self.padded_dim);
+        let shape = (self.num_kv_heads, self.head_dim, self.padded_dim);
+        let rows = (k, v, slots);
         match &mut self.data {
-            KvData::F32 { k: k_out, v: v_out } => {
-                scatter(k, v, slots, (heads, dim, padded), k_out, v_out, |x| x)
-            }
-            KvData::Bf16 { k: k_out, v: v_out } => {
-                scatter(k, v, slots, (heads, dim, padded), k_out, v_out, |x| {
-                    half::bf16::from_f32(x).to_bits()
-                });
-            }
-            KvData::F16 { k: k_out, v: v_out } => {
-                scatter(k, v, slots, (heads, dim, padded), k_out, v_out, |x| {
-                    half::f16::from_f32(x).to_bits()
-                });
-            }
-            KvData::Int8 { k: k_out, v: v_out, k_scales, v_scales } => {
-                let mut codes = vec![0_i8; dim];
-                for (token, slot) in slots.iter().enumerate() {
-                    let (tile, lane) = (*slot as usize / LANES, *slot as usize % LANES);
-                    for head in 0..heads {
-                        let row = tile * heads + head;
-                        let k_scale = &mut k_scales[row * LANES + lane..][..1];
-                        round_to_bytes(
-                            &k.row(token)[head * dim..][..dim],
-                            dim,
-                            &mut codes,
-                            k_scale,
-                            &mut [0],
-                        );
-                        for (d, code) in codes.iter().enumerate() {
-                            k_out[row * dim * LANES + d * LANES + lane] = *code;
-                        }
-                        let v_row = &mut v_out[(row * LANES + lane) * padded..][..dim];
-                        let v_scale = &mut v_scales[row * LANES + lane..][..1];
-                        round_to_bytes(&v.row(token)[head * dim..][..dim], dim, v_row, v_scale, &mut [0]);
-                    }
+            KvData::F32 { k, v } => scatter(rows, shape, (k, v), |x, out, _| out.copy_from_slice(x)),
+            KvData::Bf16 { k, v } => scatter(rows, shape, (k, v), |x, out, _| {
+                for (out, x) in out.iter_mut().zip(x) {
+                    *out = half::bf16::from_f32(*x).to_bits();
                 }
+            }),
+            KvData::F16 { k, v } => scatter(rows, shape, (k, v), |x, out, _| {
+                for (out, x) in out.iter_mut().zip(x) {
+                    *out = half::f16::from_f32(*x).to_bits();
+                }
+            }),
+            KvData::Int8 { k, v, k_scales, v_scales } => {
+                let scales = [OutPtr(k_scales.as_mut_ptr()), OutPtr(v_scales.as_mut_ptr())];
+                scatter(rows, shape, (k, v), |x, out, (side, at)| {
+                    // SAFETY: as long as the buffers have slots and heads; the slot's part of a side is this piece's alone.
+                    let scale = unsafe { scales[side as usize].slice(at, 1) };
+                    round_to_bytes(x, x.len(), out, scale, &mut [0]);
+                });
+            }
+            #[cfg(target_arch = "x86_64")]
+            KvData::Halves { k, v, k_scales, v_scales } => {
+                let scales = [OutPtr(k_scales.as_mut_ptr()), OutPtr(v_scales.as_mut_ptr())];
+                scatter(rows, shape, (k, v), |x, out, (side, at)| {
+                    // SAFETY: as above; such caches are made only where the instructions were detected.
+                    unsafe { scales[side as usize].slice(at, 1)[0] = super::halves::round_row(x, out) };
+                });
             }
         }
     }
 }
 
-fn scatter<T: Copy>(
-    k: Rows<'_>,
-    v: Rows<'_>,
-    slots: &[u32],
+#[derive(Clone, Copy)]
+enum Side {
+    Keys,
+    Values,
+}
+
+/// Brings rows into tiles. `convert` gets a head of a row, its place, and what and where it is: `[tile][kv head][16 slots]`.
+fn scatter<T: Copy + Default + Send>(
+    (k, v, slots): (Rows<'_>, Rows<'_>, &[u32]),
     (heads, dim, padded): (usize, usize, usize),
-    k_out: &mut [T],
-    v_out: &mut [T],
-    convert: impl Fn(f32) -> T,
+    (k_out, v_out): (&mut [T], &mut [T]),
+    convert: impl Fn(&[f32], &mut [T], (Side, usize)) + Sync,
 ) {
-    for (token, slot) in slots.iter().enumerate() {
-        let (tile, lane) = (*slot as usize / LANES, *slot as usize % LANES);
-        for head in 0..heads {
-            let k_tile = &mut k_out[(tile * heads + head) * dim * LANES..][..dim * LANES];
-            for (d, x) in k.row(token)[head * dim..][..dim].iter().enumerate() {
-                k_tile[d * LANES + lane] = convert(*x);
-            }
-            let v_row = &mut v_out[((tile * heads + head) * LANES + lane) * padded..][..dim];
-            for (out, x) in v_row.iter_mut().zip(&v.row(token)[head * dim..][..dim]) {
-                *out = convert(*x);
+    let (k_out, v_out) = (OutPtr(k_out.as_mut_ptr()), OutPtr(v_out.as_mut_ptr()));
+    // One side of one head: whatever the slots are, the pieces share no memory.
+    let piece = |idx: usize| {
+        let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
+        let mut key = vec![T::default(); dim];
+        for (token, slot) in slots.iter().enumerate() {
+            let row = *slot as usize / LANES * heads + head;
+            let lane = *slot as usize % LANES;
+            let place = (side, row * LANES + lane);
+            match side {
+                Side::Keys => {
+                    convert(&k.row(token)[head * dim..][..dim], &mut key, place);
+                    // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
+                    let tile = unsafe { k_out.slice(row * dim * LANES, dim * LANES) };
+                    for (out, x) in tile.iter_mut().skip(lane).step_by(LANES).zip(&key) {
+                        *out = *x;
+                    }
+                }
+                Side::Values => {
+                    // SAFETY: as above.
+                    let out = unsafe { v_out.slice((row * LANES + lane) * padded, dim) };
+                    convert(&v.row(token)[head * dim..][..dim], out, place);
+                }
             }
         }
+    };
+    if slots.len() * heads * dim < PARALLEL_ELEMENTS {
+        (0..2 * heads).for_each(piece);
+    } else {
+        pool::run(2 * heads, piece);
     }
 }

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 use super::buffer::AlignedBuf;
 use super::simd::LANES;
 #[cfg(target_arch = "x86_64")]
-use super::{Isa, half_gemm::scale_to, isa};
+use super::{Isa, halves::scale_to, isa};
 use super::{OutPtr, Unwritten, pool};
 use crate::error::{Error, Result, argument};
 

@@ -20,6 +20,8 @@ mod elementwise;
 mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod half_gemm;
+#[cfg(target_arch = "x86_64")]
+mod halves;
 mod isa;
 mod kv;
 mod layer_norm;
@@ -38,7 +40,7 @@ pub(crate) use attention::paged_attention;
 pub(crate) use elementwise::{activate, add, gated_activation, rms_norm, rope};
 pub(crate) use gemm::matmul;
 pub use isa::{Isa, isa};
-pub(crate) use kv::KvStore;
+pub(crate) use kv::{KvStore, head_bytes};
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
 pub use memory::keep_freed_memory;

@@ -18,7 +18,7 @@
 
 use std::arch::asm;
 
-use super::softmax::{Softmax, join};
+use super::softmax::{Softmax, join, positive_zeros};
 use super::tiles::{Ahead, Gathered, Tiles, in_place};
 use super::{CHUNK, Job, Piece, SEGMENT, TILES};
 use crate::cpu::amx::{TILE_BYTES, TILE_COLS, TILE_ROWS, configure, release};
@@ -270,18 +270,6 @@ unsafe fn visit<S: Simd>(
         }
         let sums = &mut segment.sums[first * depth..][..TILE_ROWS * depth];
         add_values(&weights, &operands.values, depth, sums);
-    }
-}
-
-/// Turns -0 into 0: which of the two a sum is may depend on how many zeros were added.
-///
-/// # Safety
-/// `sums` is whole vectors; the instruction set of `S`.
-#[inline(always)]
-unsafe fn positive_zeros<S: Simd>(sums: &mut [f32]) {
-    for sums in sums.chunks_exact_mut(LANES) {
-        // SAFETY: sixteen elements; the instruction set is given.
-        unsafe { S::store(sums.as_mut_ptr(), S::add(S::load(sums.as_ptr()), S::splat(0.0))) };
     }
 }
 

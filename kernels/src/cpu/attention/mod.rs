@@ -9,10 +9,12 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
-#[cfg(all(test, target_arch = "x86_64"))]
-mod amx_tests;
+#[cfg(target_arch = "x86_64")]
+mod half;
 mod products;
 mod softmax;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;
 mod tiles;
 
 use std::ops::Range;
@@ -208,6 +210,11 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
         #[cfg(target_arch = "x86_64")]
         KvData::Int8 { k, v, k_scales, v_scales } if job.matrix_unit => {
             of!(amx::attend, amx::Int8, i8, (k, v), Some((k_scales, v_scales)))
+        }
+        #[cfg(target_arch = "x86_64")]
+        KvData::Halves { k, v, k_scales, v_scales } => {
+            // SAFETY: such caches are made only where the instructions were detected.
+            unsafe { half::attend(job, piece, keys, half::Cache { k, v, k_scales, v_scales }) }
         }
         KvData::F32 { k, v } => of!(attend_typed, F32, f32, (k, v), None),
         KvData::Bf16 { k, v } => of!(attend_typed, Bf16, u16, (k, v), None),

@@ -71,6 +71,19 @@ pub(super) unsafe fn join<S: Simd>(total: &mut Softmax, part: &Softmax) {
     }
 }
 
+/// Turns -0 into 0: which of the two a sum is may depend on how many zeros were added.
+///
+/// # Safety
+/// `sums` is whole vectors; the instruction set of `S`.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[inline(always)]
+pub(super) unsafe fn positive_zeros<S: Simd>(sums: &mut [f32]) {
+    for sums in sums.chunks_exact_mut(LANES) {
+        // SAFETY: sixteen elements; the instruction set is given.
+        unsafe { S::store(sums.as_mut_ptr(), S::add(S::load(sums.as_ptr()), S::splat(0.0))) };
+    }
+}
+
 /// `scores[key] *= scales[key]`
 #[inline(always)]
 pub(super) unsafe fn multiply<S: Simd>(scores: &mut [f32], scales: &[f32; CHUNK]) {
