@@ -118,7 +118,7 @@ pub(crate) fn load_parts(
         weight_format: String::new(),
         kv_dtype: placement.kv_dtype,
         weight_bytes: 0,
-        kv_bytes_per_token: kv_bytes_per_token(&config, placement),
+        kv_bytes_per_token: kv_bytes_per_token(&config, &placement),
     };
     let mut loader = Loader::new(
         source,

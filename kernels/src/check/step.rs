@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::attention::{HEADS, Paged, STEPS, cached};
+use super::attention::{HEADS, Paged, STEPS, cached, rounding};
 use super::{Checker, Pair, Random, put, tolerance};
 use crate::error::Result;
 use crate::kv_layer::{KvDtype, KvLayer};
@@ -17,7 +17,8 @@ pub(super) fn check(checker: &mut Checker<'_>) {
         for &kv_dtype in cached(&checker.device, dtype) {
             let types = format!("{} over {}", dtype.as_str(), kv_dtype.name());
             // A key that is summed in another order may be rounded to the next number of eight bits.
-            let allowed = if kv_dtype == KvDtype::Fp8 { 2e-1 } else { tolerance(dtype).max(2e-3) };
+            let rounded = rounding(&checker.device, kv_dtype).max(2e-3);
+            let allowed = if kv_dtype == KvDtype::Fp8 { 2e-1 } else { tolerance(dtype).max(rounded) };
             checker.run(format!("rotate_store {types}"), allowed, |random, device, check| {
                 for (idx, heads) in HEADS.into_iter().enumerate() {
                     for lengths in STEPS {

@@ -26,6 +26,8 @@ const ACCUMULATORS: usize = 24;
 const PANEL_GROUP: usize = 8;
 /// How far ahead of the loads weights are asked for, in bytes of each panel.
 const PREFETCH_BYTES: usize = 1024;
+/// Blocks of rows from which they are shared, too.
+const SPLIT_BLOCKS: usize = 8;
 /// Elements of x from which packing it is worth a parallel region.
 const PARALLEL_ELEMENTS: usize = 1 << 15;
 
@@ -36,10 +38,15 @@ pub(super) fn matmul(x: Rows<'_>, w: &HalfPanels, num_rows: usize, bias: Option<
     let num_panels = num_rows.div_ceil(HALF_LANES);
     let job = Job { blocks: &blocks, w, num_rows, depth, bias, y: OutPtr::new(y) };
     let pieces = pool::cut(num_panels, 2, PANEL_GROUP);
-    pool::run(pieces.len(), |piece| {
-        // SAFETY: weights are packed so only where the instructions were detected; the columns of these panels are this
+    // Few panels make uneven shares; with many rows it costs little to read each panel once more.
+    let parts = if blocks.blocks.len() >= SPLIT_BLOCKS { 2 } else { 1 };
+    pool::run(pieces.len() * parts, |idx| {
+        let (panels, part) = (pieces[idx / parts].clone(), idx % parts);
+        let count = blocks.blocks.len();
+        let rows = &blocks.blocks[count * part / parts..count * (part + 1) / parts];
+        // SAFETY: weights are packed so only where the instructions were detected; these columns of these rows are this
         // piece's alone.
-        unsafe { job.run(pieces[piece].clone()) };
+        unsafe { job.run(panels, rows) };
     });
 }
 
@@ -109,17 +116,17 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// All rows by `panels`.
+    /// `blocks` by `panels`.
     ///
     /// # Safety
-    /// AVX512-FP16; the columns of `panels` are nobody else's.
-    unsafe fn run(&self, panels: std::ops::Range<usize>) {
-        let most_rows = self.blocks.blocks.iter().map(|block| block.rows).max().unwrap_or(1);
+    /// AVX512-FP16; the columns of `panels` in these rows are nobody else's.
+    unsafe fn run(&self, panels: std::ops::Range<usize>, blocks: &[Block]) {
+        let most_rows = blocks.iter().map(|block| block.rows).max().unwrap_or(1);
         let group = (ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
         let mut panel = panels.start;
         while panel < panels.end {
             let count = 1 << group.min(panels.end - panel).ilog2();
-            for block in &self.blocks.blocks {
+            for block in blocks {
                 // SAFETY: given by the caller.
                 unsafe { self.tile(block, panel, count) };
             }

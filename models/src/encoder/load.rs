@@ -359,8 +359,7 @@ fn load_dense(spec: &DenseSpec, root: &Path, placement: &Placement) -> Result<(D
     let specs: Vec<&TensorSpec> = linear.tensors().collect();
     let total = check_tensors(&specs, &source)?;
     // Rounding what comes last would cost more than it saves.
-    let placement =
-        Placement { dtype: placement.activation_dtype, quantization: None, ..placement.clone() };
+    let placement = Placement { dtype: placement.activation_dtype, quantization: None, ..placement.clone() };
     check_memory(&source, total, &placement, available_memory())?;
     let mut loader = Loader::new(&source, &placement, false, None, (specs.len(), total));
     let linear = loader.exact_linear(&linear)?;

@@ -87,6 +87,16 @@ pub(super) unsafe fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>, cac
     let (dim, padded) = (store.head_dim, store.padded_dim);
     let num_rows = (piece.end - piece.first) * group;
     let position = job.position(piece);
+    if job.in_place() {
+        // The first keys are on their way while the queries are packed.
+        let start = keys.start / CHUNK * CHUNK;
+        let first = in_place(job, piece, (start, CHUNK.min(keys.end - start)), cache.k, cache.v);
+        let first = Ahead::keys(&first, dim);
+        for line in 0..dim {
+            // SAFETY: the instructions are given.
+            unsafe { first.ask::<Avx512>(line) };
+        }
+    }
     // SAFETY: the instructions are given.
     let blocks = unsafe { query_blocks(job, piece) };
     let mut total = Softmax::new(num_rows, padded);

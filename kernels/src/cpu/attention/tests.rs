@@ -206,7 +206,7 @@ fn attention_by_16_bit_floats_equals_the_formula() {
     equals_the_formula(
         Unit::Halves,
         &[(16, KvDtype::Bf16), (3, KvDtype::Bf16), (32, KvDtype::F16)],
-        (0.008, 0.0006),
+        (0.016, 0.0015),
     );
 }
 
@@ -315,7 +315,7 @@ fn scales_keep_numbers_of_any_size() {
     for (found, wanted) in found.chunks_exact(64).zip(wanted.chunks_exact(64)) {
         let largest = wanted.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         for (found, wanted) in found.iter().zip(wanted) {
-            assert!((found - wanted).abs() < 0.01 * largest, "{found} {wanted}");
+            assert!((found - wanted).abs() <= 0.01 * largest, "{found} {wanted}");
         }
     }
 }
