@@ -8,6 +8,11 @@ use candle_core::DType;
 use common::{Driver, argmax, distance, fixture, load, prompts};
 use ingle_models::{Batch, CausalLm, Error, LoadOptions, Progress, Quantization, load_causal_lm};
 
+/// Bytes beside a head of a cache of bf16: f16 that is computed as such has a scale.
+fn scale_of_halves() -> usize {
+    if ingle_models::isa().name() == "avx512-fp16" { 4 } else { 0 }
+}
+
 #[test]
 fn facts_are_true() {
     let model = load_causal_lm(&fixture("llama_tied"), &LoadOptions::default()).expect("a model");
@@ -31,7 +36,7 @@ fn facts_are_true() {
         assert_eq!(info.weight_bytes, 2 * (320 * 64 + 2 * padded_layer) + norms);
     }
     // Keys and values of two layers, two heads of width 12, in the type of the weights.
-    assert_eq!(info.kv_bytes_per_token, 2 * 2 * 2 * 12 * 2);
+    assert_eq!(info.kv_bytes_per_token, 2 * 2 * 2 * (12 * 2 + scale_of_halves()));
 }
 
 #[test]
@@ -79,14 +84,14 @@ fn bf16_weights_give_the_reference_tokens() {
 fn cached_keys_can_be_smaller() {
     let options = LoadOptions { kv_cache_dtype: Some(ingle_models::KvDtype::Bf16), ..LoadOptions::default() };
     let model = load_causal_lm(&fixture("llama"), &options).expect("a model");
-    assert_eq!(model.info().kv_bytes_per_token, 2 * 2 * 2 * 16 * 2);
+    assert_eq!(model.info().kv_bytes_per_token, 2 * 2 * 2 * (16 * 2 + scale_of_halves()));
     for prompt in prompts("llama") {
         let mut driver = Driver::new(&*model, 16, 96);
         let mut seq = driver.seq();
         let row = driver.step(&mut [(&mut seq, &prompt.input_ids)], false).remove(0);
         let off = distance(&row, &prompt.last_logits);
-        // Eight bits of mantissa in keys and values: off, and not by much.
-        assert!(off > 1e-4 && off < 0.3, "{off}");
+        // Eight bits of mantissa in keys and values (or eleven): off, and not by much.
+        assert!(off > 1e-5 && off < 0.3, "{off}");
     }
 }
 

@@ -116,32 +116,65 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// `blocks` by `panels`.
+    /// `blocks` by `panels`, a run of the depth at a time: what is read of a panel stays in the first-level cache until all
+    /// rows have seen it.
     ///
     /// # Safety
     /// AVX512-FP16; the columns of `panels` in these rows are nobody else's.
     unsafe fn run(&self, panels: std::ops::Range<usize>, blocks: &[Block]) {
         let most_rows = blocks.iter().map(|block| block.rows).max().unwrap_or(1);
         let group = (ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
+        let first_row = blocks.first().map_or(0, |block| block.first);
+        let num_rows: usize = blocks.iter().map(|block| block.rows).sum();
+        let mut sums = vec![0.0_f32; num_rows * group * HALF_LANES];
         let mut panel = panels.start;
         while panel < panels.end {
             let count = 1 << group.min(panels.end - panel).ilog2();
-            for block in blocks {
+            let width = count * HALF_LANES;
+            for start in (0..self.depth).step_by(RUN) {
+                for (idx, block) in blocks.iter().enumerate() {
+                    let ask = self.ahead((panel, count), start, (idx, blocks.len()));
+                    let sums = &mut sums[(block.first - first_row) * width..][..block.rows * width];
+                    // SAFETY: given by the caller.
+                    unsafe { self.tile(block, (panel, count), start, ask, sums) };
+                }
+            }
+            for (row, sums) in (first_row..).zip(sums.chunks_exact(width).take(num_rows)) {
                 // SAFETY: given by the caller.
-                unsafe { self.tile(block, panel, count) };
+                unsafe { self.finish(row, panel, sums) };
             }
             panel += count;
         }
     }
 
+    /// What block `idx` of `blocks` asks for while it goes through the run from `start` on: its share of the next run; a block
+    /// that is alone, what comes soon.
+    fn ahead(&self, (panel, count): (usize, usize), start: usize, (idx, blocks): (usize, usize)) -> Ahead {
+        let panel_len = HALF_LANES * self.depth;
+        let at =
+            |panel: usize, k: usize| self.w.data.as_ptr().wrapping_add(panel * panel_len + k * HALF_LANES);
+        if blocks == 1 {
+            return Ahead { from: at(panel, start).wrapping_byte_add(PREFETCH_BYTES), share: Ahead::ALL };
+        }
+        let next = if start + RUN < self.depth { at(panel, start + RUN) } else { at(panel + count, 0) };
+        Ahead { from: next.wrapping_add(RUN * idx / blocks * HALF_LANES), share: Ahead::ALL / blocks }
+    }
+
     /// # Safety
     /// As [`Self::run`].
-    unsafe fn tile(&self, block: &Block, panel: usize, panels: usize) {
+    unsafe fn tile(
+        &self,
+        block: &Block,
+        (panel, panels): (usize, usize),
+        start: usize,
+        ask: Ahead,
+        sums: &mut [f32],
+    ) {
         macro_rules! cases {
             ($(($m:literal, $n:literal)),* $(,)?) => {
                 match (block.rows, panels) {
                     // SAFETY: given by the caller; the sizes are those of the block and of the panels.
-                    $(($m, $n) => unsafe { self.kernel::<$m, $n>(block, panel) },)*
+                    $(($m, $n) => unsafe { self.kernel::<$m, $n>(block, panel, start, ask, sums) },)*
                     (rows, panels) => unreachable!("no kernel for {rows} rows and {panels} panels"),
                 }
             };
@@ -183,78 +216,107 @@ impl Job<'_> {
         );
     }
 
-    /// `M` rows by `N` panels from `panel` on; the chains are in registers.
+    /// `M` rows by `N` panels from `panel` on, the run from `start` on: stored to `sums`, `[M][N * 32]`, if it is the first, else
+    /// added. The chains are in registers.
     ///
     /// # Safety
     /// As [`Self::run`]; the block has `M` rows, and there are `N` panels.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512fp16")]
-    unsafe fn kernel<const M: usize, const N: usize>(&self, block: &Block, panel: usize) {
+    unsafe fn kernel<const M: usize, const N: usize>(
+        &self,
+        block: &Block,
+        panel: usize,
+        start: usize,
+        ask: Ahead,
+        sums: &mut [f32],
+    ) {
         let depth = self.depth;
         let panel_len = HALF_LANES * depth;
         let weights = self.w.data[panel * panel_len..][..N * panel_len].as_ptr();
         let x = self.blocks.data[block.offset..][..M * depth].as_ptr();
-        let mut sums = [[[_mm512_setzero_ps(); 2]; N]; M];
-        let mut k = 0;
-        while k < depth {
-            let run_end = depth.min(k + RUN);
-            let mut run = [[_mm512_setzero_ph(); N]; M];
-            while k < run_end {
-                let end = run_end.min(k + CHAIN);
-                let mut chain = [[_mm512_setzero_ph(); N]; M];
-                while k < end {
-                    let mut w = [_mm512_setzero_ph(); N];
-                    for n in 0..N {
-                        // SAFETY: column `k` of a panel; a prefetch may name memory that is not ours.
-                        unsafe {
-                            let p = weights.add(n * panel_len + k * HALF_LANES);
-                            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_byte_add(PREFETCH_BYTES).cast());
-                            w[n] = _mm512_castsi512_ph(_mm512_loadu_si512(p.cast()));
-                        }
+        let sums = sums[..M * N * HALF_LANES].as_mut_ptr();
+        let mut k = start;
+        let run_end = depth.min(k + RUN);
+        let mut run = [[_mm512_setzero_ph(); N]; M];
+        while k < run_end {
+            let end = run_end.min(k + CHAIN);
+            let mut chain = [[_mm512_setzero_ph(); N]; M];
+            while k < end {
+                let asked = ask.from.wrapping_add((k - start) * ask.share / Ahead::ALL * HALF_LANES);
+                let mut w = [_mm512_setzero_ph(); N];
+                for n in 0..N {
+                    // SAFETY: column `k` of a panel; a prefetch may name memory that is not ours.
+                    unsafe {
+                        _mm_prefetch::<_MM_HINT_T0>(asked.wrapping_add(n * panel_len).cast());
+                        let p = weights.add(n * panel_len + k * HALF_LANES);
+                        w[n] = _mm512_castsi512_ph(_mm512_loadu_si512(p.cast()));
                     }
-                    for m in 0..M {
-                        // SAFETY: column `k` of the block.
-                        let x = unsafe { *x.add(k * M + m) };
-                        let x = _mm512_castsi512_ph(_mm512_set1_epi32(x.cast_signed()));
-                        for n in 0..N {
-                            chain[m][n] = _mm512_fmadd_ph(x, w[n], chain[m][n]);
-                        }
-                    }
-                    k += 1;
                 }
                 for m in 0..M {
+                    // SAFETY: column `k` of the block.
+                    let x = unsafe { *x.add(k * M + m) };
+                    let x = _mm512_castsi512_ph(_mm512_set1_epi32(x.cast_signed()));
                     for n in 0..N {
-                        run[m][n] = _mm512_add_ph(run[m][n], chain[m][n]);
+                        chain[m][n] = _mm512_fmadd_ph(x, w[n], chain[m][n]);
                     }
                 }
+                k += 1;
             }
             for m in 0..M {
                 for n in 0..N {
-                    let [low, high] = widen(run[m][n]);
-                    sums[m][n] = [_mm512_add_ps(sums[m][n][0], low), _mm512_add_ps(sums[m][n][1], high)];
+                    run[m][n] = _mm512_add_ph(run[m][n], chain[m][n]);
                 }
             }
         }
         for m in 0..M {
-            let row = block.first + m;
-            let scale = _mm512_set1_ps(self.blocks.scales[row]);
             for n in 0..N {
-                for half in 0..2 {
-                    let column = (panel + n) * HALF_LANES + half * LANES;
-                    if column >= self.num_rows {
-                        break;
-                    }
-                    // SAFETY: scales are padded to whole panels; this row's columns of this panel are this piece's alone.
+                for (half, mut sum) in widen(run[m][n]).into_iter().enumerate() {
+                    // SAFETY: there are so many sums.
                     unsafe {
-                        let scales = _mm512_loadu_ps(self.w.scales[column..][..LANES].as_ptr());
-                        // One after the other: their product may be out of range where the result is not.
-                        let y = _mm512_mul_ps(_mm512_mul_ps(sums[m][n][half], scales), scale);
-                        let place = (column, self.num_rows);
-                        store_outputs::<Avx512>(y, self.bias, self.y, row * self.num_rows, place);
+                        let p = sums.add((m * N + n) * HALF_LANES + half * LANES);
+                        if start > 0 {
+                            sum = _mm512_add_ps(_mm512_loadu_ps(p), sum);
+                        }
+                        _mm512_storeu_ps(p, sum);
                     }
                 }
             }
         }
     }
+
+    /// Stores what the `sums` of a row by the panels from `panel` on come to.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512fp16")]
+    unsafe fn finish(&self, row: usize, panel: usize, sums: &[f32]) {
+        let scale = _mm512_set1_ps(self.blocks.scales[row]);
+        for (sums, column) in sums.chunks_exact(LANES).zip((panel * HALF_LANES..).step_by(LANES)) {
+            if column >= self.num_rows {
+                break;
+            }
+            // SAFETY: sixteen sums; scales are padded to whole panels; this row's columns of these panels are this piece's.
+            unsafe {
+                let scales = _mm512_loadu_ps(self.w.scales[column..][..LANES].as_ptr());
+                // One after the other: their product may be out of range where the result is not.
+                let y = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(sums.as_ptr()), scales), scale);
+                let place = (column, self.num_rows);
+                store_outputs::<Avx512>(y, self.bias, self.y, row * self.num_rows, place);
+            }
+        }
+    }
+}
+
+/// Lines to ask for on the way.
+#[derive(Clone, Copy)]
+struct Ahead {
+    from: *const u16,
+    /// Lines of each panel for [`Ahead::ALL`] columns.
+    share: usize,
+}
+
+impl Ahead {
+    const ALL: usize = 1 << 16;
 }
 
 #[cfg(test)]

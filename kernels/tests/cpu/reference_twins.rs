@@ -229,10 +229,15 @@ fn attention_equals_the_formula() {
                     let found = ops::paged_attention(&step.q, &step.fast, &step.meta, &params).unwrap();
                     let wanted = ops::paged_attention(&step.q, &step.plain, &step.meta, &params).unwrap();
                     let error = error(&found, &wanted);
-                    // The matrix unit reads queries and weights as bf16.
-                    let on_tiles = isa().name() == "amx" && matches!(dtype, KvDtype::Bf16 | KvDtype::Int8);
+                    let allowed = match (isa().name(), dtype) {
+                        // The matrix unit reads queries and weights as bf16.
+                        ("amx", KvDtype::Bf16 | KvDtype::Int8) => 0.02,
+                        // The plain cache rounds to bf16, this one to f16; sums of some products are f16.
+                        ("avx512-fp16", KvDtype::Bf16 | KvDtype::F16) => 0.01,
+                        _ => 3e-6,
+                    };
                     assert!(
-                        error < if on_tiles { 0.02 } else { 3e-6 },
+                        error < allowed,
                         "{heads}/{kv_heads} x {dim}, block {block_size}, {dtype:?}, {lens:?}: {error}"
                     );
                 }
