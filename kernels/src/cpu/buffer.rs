@@ -4,10 +4,13 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 #[cfg(unix)]
 const LARGE_PAGE: usize = 2 << 20;
+/// Bytes from which a buffer is mapped. Smaller ones come from the heap, which writes the zeros.
+#[cfg(unix)]
+const MAPPED: usize = 128 << 10;
 
 /// A zeroed buffer of `T`, aligned to 64 bytes.
 ///
-/// From 4 MiB on it is mapped from the system on its own, aligned to 2 MiB: pages that are never touched (a cache that
+/// From 128 KiB on it is mapped from the system on its own, aligned to 2 MiB: pages that are never touched (a cache that
 /// is never full) then cost no memory, and zeroing costs no time.
 pub(crate) struct AlignedBuf<T> {
     ptr: *mut T,
@@ -46,7 +49,7 @@ impl<T: Zeroable> AlignedBuf<T> {
     pub(crate) fn zeroed(len: usize) -> Option<Self> {
         let bytes = len.checked_mul(size_of::<T>())?.max(64);
         #[cfg(unix)]
-        if bytes >= 2 * LARGE_PAGE {
+        if bytes >= MAPPED {
             return Self::mapped(len, bytes);
         }
         let layout = Layout::from_size_align(bytes, 64).ok()?;

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 use super::buffer::AlignedBuf;
 use super::simd::LANES;
 #[cfg(target_arch = "x86_64")]
-use super::{Isa, halves::scale_to, isa};
+use super::{Isa, halves::round_row, isa};
 use super::{OutPtr, Unwritten, pool};
 use crate::error::{Error, Result, argument};
 
@@ -224,19 +224,26 @@ fn pack_halves<T: Copy + Sync>(
             )
         };
         let mut row = vec![0.0_f32; cols];
-        for lane in 0..HALF_LANES {
-            let idx = panel * HALF_LANES + lane;
-            if !(first_row..end_row).contains(&idx) {
-                continue;
-            }
-            for (value, w) in row.iter_mut().zip(&w[(idx - first_row) * cols..][..cols]) {
+        let mut rounded = vec![0_u16; HALF_LANES * cols];
+        let lanes =
+            (0..HALF_LANES).filter(|lane| (first_row..end_row).contains(&(panel * HALF_LANES + lane)));
+        for lane in lanes.clone() {
+            let idx = panel * HALF_LANES + lane - first_row;
+            for (value, w) in row.iter_mut().zip(&w[idx * cols..][..cols]) {
                 *value = widen(*w);
             }
-            let largest = row.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
-            let (factor, scale) = scale_to(largest, 0);
-            scales[lane] = scale;
-            for (k, value) in row.iter().enumerate() {
-                out[k * HALF_LANES + lane] = half::f16::from_f32(value * factor).to_bits();
+            // SAFETY: only where the instructions were detected are weights packed so.
+            scales[lane] = unsafe { round_row(&row, &mut rounded[lane * cols..][..cols]) };
+        }
+        // A few columns at a time: what is written stays in the first-level cache.
+        for first in (0..cols).step_by(HALF_LANES) {
+            let end = cols.min(first + HALF_LANES);
+            for lane in lanes.clone() {
+                let from = &rounded[lane * cols..][first..end];
+                let to = &mut out[first * HALF_LANES..end * HALF_LANES];
+                for (to, from) in to.iter_mut().skip(lane).step_by(HALF_LANES).zip(from) {
+                    *to = *from;
+                }
             }
         }
     });
