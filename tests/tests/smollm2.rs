@@ -14,7 +14,7 @@ use crate::{CHAT, COMPLETIONS, completion, with};
 const NAME: &str = "SmolLM2-135M-Instruct";
 
 /// The model's folder; `None`, and a line that says so, if it is not here.
-fn model() -> Option<PathBuf> {
+pub(crate) fn model() -> Option<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || {
         let cache = || var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
