@@ -29,7 +29,8 @@ pub mod tiles;
 mod weight;
 
 pub use cpu::{
-    Isa, isa, keep_freed_memory, num_threads, pin_threads, probe, set_checkpoint, set_num_threads,
+    Isa, in_parallel, isa, keep_freed_memory, num_threads, pin_threads, probe, set_checkpoint,
+    set_num_threads,
 };
 #[cfg(feature = "cuda")]
 pub use cuda::graph::{StepGraph, StepLimits};

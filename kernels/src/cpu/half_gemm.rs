@@ -29,7 +29,7 @@ const PREFETCH_BYTES: usize = 1024;
 /// Blocks of rows from which they are shared, too.
 const SPLIT_BLOCKS: usize = 8;
 /// Elements of x from which packing it is worth a parallel region.
-const PARALLEL_ELEMENTS: usize = 1 << 15;
+const PARALLEL_ELEMENTS: usize = 1 << 13;
 
 /// Computes `y = x * w^T (+ bias)`; `y` is `[x.num_rows, num_rows of w]`, contiguous, and need not be initialised to values.
 pub(super) fn matmul(x: Rows<'_>, w: &HalfPanels, num_rows: usize, bias: Option<&[f32]>, y: &mut Unwritten) {

@@ -61,7 +61,7 @@ pub(super) enum KvData {
 }
 
 /// Elements from which storing them is worth a parallel region.
-const PARALLEL_ELEMENTS: usize = 1 << 14;
+const PARALLEL_ELEMENTS: usize = 1 << 12;
 
 /// Whether caches of bf16 and f16 are kept as [`KvData::Halves`].
 fn as_halves() -> bool {

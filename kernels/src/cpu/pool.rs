@@ -46,7 +46,7 @@ pub fn num_threads() -> usize {
 
 /// Runs `piece(0..num_pieces)` on all threads, each index once, and returns when all have ended. A panic of a piece is
 /// passed on to the caller after the region.
-pub(crate) fn run(num_pieces: usize, piece: impl Fn(usize) + Sync) {
+pub fn run(num_pieces: usize, piece: impl Fn(usize) + Sync) {
     CHECKPOINT.with(|slot| {
         // Absent while it runs and while the region does: a region inside a region must not stop halfway.
         let _back = slot.take().map(|checkpoint| {

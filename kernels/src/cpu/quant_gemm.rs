@@ -18,7 +18,7 @@ const PANEL_GROUP: usize = 8;
 /// How far ahead of the loads weights are asked for, in bytes of each panel.
 const PREFETCH_BYTES: usize = 1024;
 /// Elements of x from which rounding it is worth a parallel region.
-const PARALLEL_ELEMENTS: usize = 1 << 15;
+const PARALLEL_ELEMENTS: usize = 1 << 13;
 
 /// Computes `y = x * w^T (+ bias)`; `y` is `[x.num_rows, w.rows]`, contiguous, and need not be initialised to values.
 pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut Unwritten) {

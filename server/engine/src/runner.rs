@@ -12,7 +12,10 @@ mod on_device;
 mod recovery;
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+use candle_core::{CpuStorage, Storage};
 
 use ingle_models::{CausalLm, KvCache, load_causal_lm, made_up_causal_lm};
 
@@ -271,55 +274,34 @@ impl ModelRunner {
         } else {
             vec![None; plan.seqs.len()]
         };
-        let mut logits = match on_device::rest(&logits, &counts, &chosen)? {
-            Some(rows) => rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
-            None => Vec::new(),
+        let mut seqs: Vec<_> = chosen
+            .iter()
+            .map(|sampled| SeqOutput { sampled: sampled.clone(), ..SeqOutput::default() })
+            .collect();
+        let Some(rows) = on_device::rest(&logits, &counts, &chosen)? else { return Ok(StepOutput { seqs }) };
+        let rows = rows.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+        let (storage, layout) = rows.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(logits)) = &*storage else {
+            return Err(StepError::plan(BackendError::Step("logits are not f32 numbers".to_owned())));
         };
-        let mut rest = &mut logits[..];
-        let mut seqs = Vec::with_capacity(plan.seqs.len());
-        for ((part, count), chosen) in plan.seqs.iter().zip(counts).zip(chosen) {
-            if chosen.is_some() {
-                seqs.push(SeqOutput { sampled: chosen, prompt_logprobs: Vec::new() });
-                continue;
-            }
-            let (rows, later) = std::mem::take(&mut rest).split_at_mut(count * width);
-            rest = later;
-            seqs.push(self.outputs(part, rows, width));
+        let mut logits = &logits[layout.start_offset()..];
+        let vocab_size = self.vocab_size;
+        // Sequences are alone: each with its own rows, on any thread.
+        let mut work = Vec::with_capacity(seqs.len());
+        for (idx, count) in counts.into_iter().enumerate().filter(|(idx, _)| chosen[*idx].is_none()) {
+            let rows;
+            (rows, logits) = logits.split_at(count * width);
+            work.push((idx, rows, OnceLock::new()));
+        }
+        ingle_models::in_parallel(work.len(), |piece| {
+            let (idx, rows, output) = &work[piece];
+            // Each piece runs once, so the place is empty.
+            let _ = output.set(outputs(&plan.seqs[*idx], rows, width, vocab_size));
+        });
+        for (idx, _, output) in work {
+            seqs[idx] = output.into_inner().unwrap_or_default();
         }
         Ok(StepOutput { seqs })
-    }
-
-    /// The outputs of one sequence from its rows of logits.
-    fn outputs(&self, part: &ScheduledSeq, rows: &mut [f32], width: usize) -> SeqOutput {
-        let prompt_rows = part.prompt_rows();
-        let mut output = SeqOutput::default();
-        match self.prompt_logprobs(part, &rows[..prompt_rows.len() * width], width) {
-            Ok(logprobs) => output.prompt_logprobs = logprobs,
-            Err(NonFinite) => {
-                output.sampled = Some(SampleResult::NonFinite);
-                return output;
-            }
-        }
-        if let Some(spec) = &part.sample {
-            let last = rows.len() - width;
-            let row = &mut rows[last..last + self.vocab_size];
-            output.sampled = Some(sample(row, part.req.get(), spec));
-        }
-        output
-    }
-
-    fn prompt_logprobs(
-        &self,
-        part: &ScheduledSeq,
-        rows: &[f32],
-        width: usize,
-    ) -> Result<Vec<TokenLogprobs>, NonFinite> {
-        let top = usize::from(part.prompt_logprobs.unwrap_or(0));
-        let next = &part.req.get().prompt[(part.start + 1).min(part.req.get().prompt.len())..];
-        rows.chunks_exact(width)
-            .zip(next)
-            .map(|(row, &token)| token_logprobs(&row[..self.vocab_size], token, top))
-            .collect()
     }
 }
 
@@ -330,6 +312,39 @@ impl Backend for ModelRunner {
         }
         self.step(plan).or_else(|error| self.recover(plan, error))
     }
+}
+
+/// The outputs of one sequence from its rows of logits, `width` apart, of which `vocab_size` count.
+fn outputs(part: &ScheduledSeq, rows: &[f32], width: usize, vocab_size: usize) -> SeqOutput {
+    let prompt_rows = part.prompt_rows();
+    let mut output = SeqOutput::default();
+    match prompt_logprobs(part, &rows[..prompt_rows.len() * width], width, vocab_size) {
+        Ok(logprobs) => output.prompt_logprobs = logprobs,
+        Err(NonFinite) => {
+            output.sampled = Some(SampleResult::NonFinite);
+            return output;
+        }
+    }
+    if let Some(spec) = &part.sample {
+        let last = rows.len() - width;
+        let row = &rows[last..last + vocab_size];
+        output.sampled = Some(sample(row, part.req.get(), spec));
+    }
+    output
+}
+
+fn prompt_logprobs(
+    part: &ScheduledSeq,
+    rows: &[f32],
+    width: usize,
+    vocab_size: usize,
+) -> Result<Vec<TokenLogprobs>, NonFinite> {
+    let top = usize::from(part.prompt_logprobs.unwrap_or(0));
+    let next = &part.req.get().prompt[(part.start + 1).min(part.req.get().prompt.len())..];
+    rows.chunks_exact(width)
+        .zip(next)
+        .map(|(row, &token)| token_logprobs(&row[..vocab_size], token, top))
+        .collect()
 }
 
 #[cfg(test)]

@@ -16,22 +16,18 @@ use crate::request::{Request, SamplingParams, TokenLogprobs};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NonFinite;
 
-/// Chooses the next token of `request` from its `row` of logits, which is overwritten.
-pub(crate) fn sample(row: &mut [f32], request: &Request, spec: &SampleSpec) -> SampleResult {
+/// Chooses the next token of `request` from its `row` of logits.
+pub(crate) fn sample(row: &[f32], request: &Request, spec: &SampleSpec) -> SampleResult {
     let params = &request.sampling;
     let Ok(id) = argmax(row) else { return SampleResult::NonFinite };
-    let raw = params.logprobs.map(|k| (LogSoftmax::new(row, row[id as usize]), k));
-    // Alternatives are read before the row is changed.
-    let top = raw.as_ref().map(|(softmax, k)| softmax.top(row, usize::from(*k)));
     let is_plain = params.logit_bias.is_empty() && !params.has_penalties() && spec.banned.is_empty();
-    let chosen = if is_plain && params.is_greedy() {
-        Choice { id, logit: row[id as usize] }
-    } else {
-        choose(row, request, spec)
-    };
-    let logprobs =
-        raw.zip(top).map(|((softmax, _), top)| TokenLogprobs { logprob: softmax.of(chosen.logit), top });
-    SampleResult::Token { id: chosen.id, logprobs }
+    let chosen = if is_plain && params.is_greedy() { id } else { choose(row, request, spec) };
+    let logprobs = params.logprobs.map(|k| {
+        let softmax = LogSoftmax::new(row, row[id as usize]);
+        let logit = row.get(chosen as usize).copied().unwrap_or(f32::MIN);
+        TokenLogprobs { logprob: softmax.of(logit), top: softmax.top(row, usize::from(k)) }
+    });
+    SampleResult::Token { id: chosen, logprobs }
 }
 
 /// Log probability of `token` in `row`, and the `k` likeliest.
@@ -42,15 +38,9 @@ pub(crate) fn token_logprobs(row: &[f32], token: u32, k: usize) -> Result<TokenL
     Ok(TokenLogprobs { logprob: softmax.of(logit), top: softmax.top(row, k) })
 }
 
-/// A token and its logit as the model gave it.
-struct Choice {
-    id: u32,
-    logit: f32,
-}
-
-fn choose(row: &mut [f32], request: &Request, spec: &SampleSpec) -> Choice {
+fn choose(row: &[f32], request: &Request, spec: &SampleSpec) -> u32 {
     let params = &request.sampling;
-    let raw = params.logprobs.map(|_| row.to_vec());
+    let row = &mut row.to_vec()[..];
     ban(row, &spec.banned);
     for &(id, bias) in &params.logit_bias {
         if let Some(logit) = row.get_mut(id as usize) {
@@ -58,9 +48,7 @@ fn choose(row: &mut [f32], request: &Request, spec: &SampleSpec) -> Choice {
         }
     }
     penalize(row, params, &request.prompt, &spec.output);
-    let id = if params.is_greedy() { greedy(row) } else { draw(row, params, uniform(spec)) };
-    let logit = raw.as_deref().unwrap_or(row).get(id as usize).copied().unwrap_or(f32::MIN);
-    Choice { id, logit }
+    if params.is_greedy() { greedy(row) } else { draw(row, params, uniform(spec)) }
 }
 
 /// The largest logit, the lowest id of equal ones.

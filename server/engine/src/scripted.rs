@@ -208,7 +208,7 @@ impl ScriptedBackend {
                 id: Self::hash_token(vocab, digest, spec.seed, spec.choice),
                 logprobs: None,
             },
-            Script::Rows(_) => sample(&mut self.logits(&tokens), part.req.get(), spec),
+            Script::Rows(_) => sample(&self.logits(&tokens), part.req.get(), spec),
         });
         output
     }

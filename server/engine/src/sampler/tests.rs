@@ -17,7 +17,7 @@ fn pick_with(
     spec: &SampleSpec,
 ) -> (u32, Option<TokenLogprobs>) {
     let request = Request { prompt: prompt.to_vec(), sampling: sampling.clone(), ..Request::default() };
-    match sample(&mut row.to_vec(), &request, spec) {
+    match sample(row, &request, spec) {
         SampleResult::Token { id, logprobs } => (id, logprobs),
         SampleResult::NonFinite | SampleResult::Failed(_) => panic!("the row is finite"),
     }
@@ -160,7 +160,7 @@ fn a_row_with_one_bad_value_is_refused_wherever_it_is() {
             let mut row = [0.5_f32; 9];
             row[at] = bad;
             let request = Request::default();
-            assert_eq!(sample(&mut row.clone(), &request, &spec(0, 0)), SampleResult::NonFinite);
+            assert_eq!(sample(&row, &request, &spec(0, 0)), SampleResult::NonFinite);
             assert_eq!(token_logprobs(&row, 0, 2), Err(NonFinite));
         }
     }
