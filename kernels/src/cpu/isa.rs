@@ -9,8 +9,8 @@ pub enum Isa {
     /// many rows, for attention over caches of bf16 and bytes (queries are then rounded). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Amx,
-    /// Multiply-adds of 16-bit floats for bf16 and f16 weights (sums of at most 128 products, then f32). All else as
-    /// `Avx512Vnni`.
+    /// Multiply-adds of 16-bit floats for bf16 and f16 weights and for attention over caches of bf16 and f16, which are f16
+    /// with a scale for each token and head here (sums of at most 128 products, then f32). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Avx512Fp16,
     /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
@@ -84,7 +84,8 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Fp16 => {
-                "bf16 and f16 weights by 16-bit floats, their sums in f32; int8 and int4 weights with byte dot products"
+                "bf16 and f16 weights and caches by 16-bit floats, their sums in f32; int8 and int4 weights with byte dot \
+                 products"
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
