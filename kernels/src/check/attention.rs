@@ -109,7 +109,7 @@ impl Paged {
 pub(super) fn rounding(device: &Device, kept: KvDtype) -> f32 {
     match (isa().name(), kept) {
         _ if !device.is_cpu() => 0.0,
-        ("amx", KvDtype::Bf16 | KvDtype::Int8) => 2e-2,
+        ("amx" | "avx512-bf16", KvDtype::Bf16 | KvDtype::Int8) => 2e-2,
         ("avx512-fp16", KvDtype::Bf16 | KvDtype::F16) => 6e-3,
         _ => 0.0,
     }
@@ -157,6 +157,7 @@ fn paged(
     Ok(Pair {
         found: ops::paged_attention(&put(&q, dtype, device)?, &there, &step, &params)?,
         wanted: reference::paged_attention(&q, &here, &step, &params)?,
+        scale: None,
         case: format!("{heads} heads over {kv_heads} of {dim}, {lengths:?}, {params:?}"),
     })
 }
@@ -194,6 +195,7 @@ fn over_the_step(
     Ok(Pair {
         found: ops::self_attention(&q, &k, &v, &cu_seqlens, bias.as_ref(), &params)?,
         wanted: reference::self_attention(&here[0], &here[1], &here[2], &cu_seqlens, bias.as_ref(), &params)?,
+        scale: None,
         case: format!("{heads} heads over {kv_heads} of {dim}, {lengths:?}, {params:?}"),
     })
 }

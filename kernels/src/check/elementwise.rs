@@ -21,7 +21,7 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                     (random.tensor(&[rows, width], dtype)?, random.tensor(&[width], DType::F32)?);
                 let found = ops::rms_norm(&put(&x, dtype, device)?, &weight.to_device(device)?, 1e-5)?;
                 let wanted = reference::rms_norm(&x, &weight, 1e-5)?;
-                check(Pair { found, wanted, case: format!("{rows} x {width}") })?;
+                check(Pair { found, wanted, scale: None, case: format!("{rows} x {width}") })?;
             }
             Ok(())
         });
@@ -39,8 +39,8 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                     (a.narrow(1, 8, width)? + (b * scale)?)?.to_dtype(dtype)?.to_dtype(DType::F32)?;
                 let case = format!("{rows} x {width}");
                 let norm = reference::rms_norm(&wanted, &weight, 1e-5)?;
-                check(Pair { found: normed, wanted: norm, case: format!("{case}, normed") })?;
-                check(Pair { found: sum, wanted, case: format!("{case}, the sum") })?;
+                check(Pair { found: normed, wanted: norm, scale: None, case: format!("{case}, normed") })?;
+                check(Pair { found: sum, wanted, scale: None, case: format!("{case}, the sum") })?;
             }
             Ok(())
         });
@@ -60,7 +60,7 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                 )?;
                 let residual = with_residual.then_some(&residual);
                 let wanted = reference::layer_norm(&x, residual, &weight, with_bias.then_some(&bias), 1e-5)?;
-                check(Pair { found, wanted, case: format!("{rows} x {width}") })?;
+                check(Pair { found, wanted, scale: None, case: format!("{rows} x {width}") })?;
             }
             Ok(())
         });
@@ -68,7 +68,7 @@ pub(super) fn check(checker: &mut Checker<'_>) {
             for (rows, width) in SHAPES {
                 let (a, b) = (random.tensor(&[rows, width], dtype)?, random.tensor(&[rows, width], dtype)?);
                 let found = ops::add(&put(&a, dtype, device)?, &put(&b, dtype, device)?)?;
-                check(Pair { found, wanted: (&a + &b)?, case: format!("{rows} x {width}") })?;
+                check(Pair { found, wanted: (&a + &b)?, scale: None, case: format!("{rows} x {width}") })?;
             }
             Ok(())
         });
@@ -79,7 +79,12 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                 for activation in ACTIVATIONS {
                     let found = ops::gated_activation(&put(&both, dtype, device)?, activation)?;
                     let wanted = reference::gated_activation(&gate, &up, activation)?;
-                    check(Pair { found, wanted, case: format!("{activation:?}, {rows} x {width}") })?;
+                    check(Pair {
+                        found,
+                        wanted,
+                        scale: None,
+                        case: format!("{activation:?}, {rows} x {width}"),
+                    })?;
                 }
             }
             Ok(())
@@ -90,7 +95,12 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                 for activation in ACTIVATIONS {
                     let found = ops::activate(&put(&x, dtype, device)?, activation)?;
                     let wanted = reference::activate(&x, activation)?;
-                    check(Pair { found, wanted, case: format!("{activation:?}, {rows} x {width}") })?;
+                    check(Pair {
+                        found,
+                        wanted,
+                        scale: None,
+                        case: format!("{activation:?}, {rows} x {width}"),
+                    })?;
                 }
             }
             Ok(())
@@ -107,7 +117,12 @@ pub(super) fn check(checker: &mut Checker<'_>) {
                 let tables = |device: &Device| RopeTables::new(&positions, &frequencies, 1.0, device);
                 let found = ops::rope(&put(&x, dtype, device)?, &tables(device)?)?;
                 let wanted = reference::rope(&x, &tables(&Device::Cpu)?)?;
-                check(Pair { found, wanted, case: format!("{tokens} x {heads} x {rotated} of {dim}") })?;
+                check(Pair {
+                    found,
+                    wanted,
+                    scale: None,
+                    case: format!("{tokens} x {heads} x {rotated} of {dim}"),
+                })?;
             }
             Ok(())
         });

@@ -69,6 +69,8 @@ struct Checker<'a> {
 struct Pair {
     found: Tensor,
     wanted: Tensor,
+    /// What a difference is a share of, if that is more than the largest wanted value.
+    scale: Option<f32>,
     case: String,
 }
 
@@ -87,7 +89,7 @@ impl Checker<'_> {
     ) {
         let mut checked = Checked { name, cases: 0, worst: 0.0, tolerance, fault: None };
         let outcome = cases(&mut self.random, &self.device, &mut |pair| {
-            let off = distance(&pair.found, &pair.wanted)?;
+            let off = distance(&pair)?;
             checked.cases += 1;
             if off > checked.worst {
                 checked.worst = off;
@@ -105,16 +107,23 @@ impl Checker<'_> {
     }
 }
 
-/// Largest difference, as a share of the largest wanted value; infinite for NaN and for other shapes.
-fn distance(found: &Tensor, wanted: &Tensor) -> Result<f32> {
+/// Largest difference, as a share of the largest value of the case; infinite for NaN and for other shapes.
+fn distance(Pair { found, wanted, scale, .. }: &Pair) -> Result<f32> {
     if found.dims() != wanted.dims() {
         return Ok(f32::INFINITY);
     }
-    let read = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?) };
-    let (found, wanted) = (read(found)?, read(wanted)?);
-    let scale = wanted.iter().fold(1e-3_f32, |max, x| max.max(x.abs()));
-    let off = |(a, b): (&f32, &f32)| if (a - b).is_finite() { (a - b).abs() } else { f32::INFINITY };
-    Ok(found.iter().zip(&wanted).map(off).fold(0.0, f32::max) / scale)
+    let scale = scale.unwrap_or(0.0).max(largest(wanted)?).max(1e-3);
+    let off = |(a, b): (f32, f32)| if (a - b).is_finite() { (a - b).abs() } else { f32::INFINITY };
+    Ok(values(found)?.into_iter().zip(values(wanted)?).map(off).fold(0.0, f32::max) / scale)
+}
+
+fn values(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+/// Largest magnitude.
+fn largest(x: &Tensor) -> Result<f32> {
+    Ok(values(x)?.into_iter().fold(0.0, |max, x| max.max(x.abs())))
 }
 
 /// Rounding of results of `dtype`, and of sums of some hundred products before.
@@ -179,6 +188,7 @@ mod tests {
         let pair = |found: &[f32], wanted: &[f32]| Pair {
             found: Tensor::new(found, &Device::Cpu).expect("a tensor"),
             wanted: Tensor::new(wanted, &Device::Cpu).expect("a tensor"),
+            scale: None,
             case: format!("{found:?}"),
         };
         let cases: [(&[f32], &[f32], bool); 5] = [

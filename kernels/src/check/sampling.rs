@@ -89,5 +89,5 @@ fn pair(found: &[Option<u32>], wanted: &[Option<u32>], case: String) -> Result<P
         let ids: Vec<f32> = ids.iter().map(|id| id.map_or(-1.0, |id| id as f32)).collect();
         Tensor::new(ids, &Device::Cpu)
     };
-    Ok(Pair { found: tensor(found)?, wanted: tensor(wanted)?, case })
+    Ok(Pair { found: tensor(found)?, wanted: tensor(wanted)?, scale: None, case })
 }

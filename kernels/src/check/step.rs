@@ -107,9 +107,9 @@ fn layer(
         if is_last {
             let found = ops::paged_attention(&q, &there, meta, &attn)?;
             let wanted = reference::paged_attention(&rounded(&plain_q)?, &here, meta, &attn)?;
-            check(Pair { found, wanted, case: format!("{case}, attention") })?;
+            check(Pair { found, wanted, scale: None, case: format!("{case}, attention") })?;
         }
-        check(Pair { found: q, wanted: plain_q, case: format!("{case}, queries") })?;
+        check(Pair { found: q, wanted: plain_q, scale: None, case: format!("{case}, queries") })?;
     }
     Ok(())
 }
@@ -146,7 +146,12 @@ fn company(
             block_size: step.block_size,
         };
         let found = ops::paged_attention(&q.narrow(0, first, end - first)?, &layer, &alone, &params)?;
-        check(Pair { found, wanted: together.narrow(0, first, end - first)?, case: format!("{length:?}") })?;
+        check(Pair {
+            found,
+            wanted: together.narrow(0, first, end - first)?,
+            scale: None,
+            case: format!("{length:?}"),
+        })?;
     }
     Ok(())
 }
@@ -202,7 +207,7 @@ fn recorded(
         let Some(found) = replayed else {
             return Err(crate::error::argument("StepGraph", format!("step {step} does not fit")));
         };
-        check(Pair { found: found.narrow(0, 0, 2)?, wanted, case: format!("step {step}") })?;
+        check(Pair { found: found.narrow(0, 0, 2)?, wanted, scale: None, case: format!("step {step}") })?;
     }
     // Longer than what was recorded for: refused, not computed wrong.
     let mut long = meta(0);

@@ -6,7 +6,7 @@
 use super::matrix::{PackedMatrix, Panels};
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::{Isa, amx, half_gemm, isa};
+use super::{Isa, amx, bf16_gemm, half_gemm, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool, store_outputs};
 
 /// Rows of a block at most; more would not leave registers for the operands.
@@ -25,6 +25,11 @@ pub(crate) fn matmul(x: Rows<'_>, w: &PackedMatrix, bias: Option<&[f32]>, y: &mu
     #[cfg(target_arch = "x86_64")]
     if let (Isa::Amx, Panels::Bf16(data)) = (isa(), &w.panels) {
         return amx::matmul(x, w, data, bias, y);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let (Isa::Avx512Bf16, Panels::Bf16(data)) = (isa(), &w.panels) {
+        // SAFETY: `isa()` returns a set only after detecting its features on this processor.
+        return unsafe { bf16_gemm::matmul(x, w, data, bias, y) };
     }
     #[cfg(target_arch = "x86_64")]
     if let Panels::Half(panels) = &w.panels {

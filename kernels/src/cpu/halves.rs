@@ -3,13 +3,12 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
+use super::line_gemm::MAX_BLOCK_ROWS;
 use super::simd::LANES;
 
 /// The largest magnitude of a row that is multiplied by one below 1 is scaled to less than `2^FACTOR_EXPONENT`: then 128
 /// products can be summed.
 pub(super) const FACTOR_EXPONENT: i32 = 8;
-/// Rows of a block at most.
-pub(super) const MAX_BLOCK_ROWS: usize = 12;
 
 /// The power of two that brings magnitudes up to `largest` below `2^exponent`, and its inverse.
 pub(super) fn scale_to(largest: f32, exponent: i32) -> (f32, f32) {

@@ -13,6 +13,10 @@ pub enum Isa {
     /// with a scale for each token and head here (sums of at most 128 products, then f32). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Avx512Fp16,
+    /// Dot products of bf16 pairs for bf16 weights (activations are then rounded to bf16, too) and for attention over caches
+    /// of bf16 and bytes (queries are then rounded). All else as `Avx512Vnni`.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -53,7 +57,14 @@ impl Isa {
                 if is_x86_feature_detected!("avx512fp16") {
                     sets.push(Self::Avx512Fp16);
                 }
+                let (bf16, fast) = (is_x86_feature_detected!("avx512bf16"), super::bf16_gemm::is_fast());
+                if bf16 && fast {
+                    sets.push(Self::Avx512Bf16);
+                }
                 sets.push(Self::Avx512Vnni);
+                if bf16 && !fast {
+                    sets.push(Self::Avx512Bf16);
+                }
             }
             if avx2 && avx512 {
                 sets.push(Self::Avx512);
@@ -88,6 +99,11 @@ impl Isa {
                  products"
             }
             #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                "bf16 weights, and attention over bf16 and int8 caches, by dot products of bf16; int8 and int4 weights \
+                 with byte dot products; the rest in vectors"
+            }
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => {
                 "f32 sums of bf16, f16 and f32 weights; int8 and int4 weights with byte dot products"
             }
@@ -113,6 +129,8 @@ impl Isa {
             Self::Amx => "amx",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Fp16 => "avx512-fp16",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => "avx512-bf16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]

@@ -1,8 +1,8 @@
 //! Our own CPU kernels.
 //!
 //! They are written once over [`simd::Simd`], a vector of sixteen f32 lanes, and [`dot::Dot`], dot products of bytes, and
-//! compiled for each instruction set that a processor may have; [`isa`] picks one at start. Only AMX tiles and 16-bit floats
-//! have kernels of their own. Work is cut into independent pieces for the [`pool`].
+//! compiled for each instruction set that a processor may have; [`isa`] picks one at start. Only AMX tiles and what
+//! multiplies 16-bit numbers have kernels of their own. Work is cut into independent pieces for the [`pool`].
 //!
 //! **Batch invariance.** Every output element is summed in one fixed order over the inner dimension, whatever the blocking around it: a row's result has the same bits alone and among any other rows, in one
 //! prefill or in chunks, with any number of threads.
@@ -14,6 +14,8 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16_gemm;
 mod buffer;
 mod dot;
 mod elementwise;
@@ -25,6 +27,8 @@ mod halves;
 mod isa;
 mod kv;
 mod layer_norm;
+#[cfg(target_arch = "x86_64")]
+mod line_gemm;
 mod matrix;
 mod memory;
 #[cfg(target_arch = "aarch64")]
@@ -186,6 +190,7 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx512
             | $crate::cpu::Isa::Avx512Vnni
+            | $crate::cpu::Isa::Avx512Bf16
             | $crate::cpu::Isa::Avx512Fp16
             | $crate::cpu::Isa::Amx => {
                 // SAFETY: `isa()` returns a set only after detecting its features on this processor.
@@ -228,9 +233,10 @@ macro_rules! dispatch_dot {
         match $crate::cpu::isa() {
             // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
-            $crate::cpu::Isa::Avx512Vnni | $crate::cpu::Isa::Avx512Fp16 | $crate::cpu::Isa::Amx => unsafe {
-                vnni($($arg),*)
-            },
+            $crate::cpu::Isa::Avx512Vnni
+            | $crate::cpu::Isa::Avx512Bf16
+            | $crate::cpu::Isa::Avx512Fp16
+            | $crate::cpu::Isa::Amx => unsafe { vnni($($arg),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },

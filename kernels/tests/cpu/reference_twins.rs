@@ -12,7 +12,7 @@ use super::{CPU, bits, error, random, rng, values};
 #[test]
 fn linear_equals_the_formula() {
     let mut rng = rng(1);
-    let (tiles, halves) = (isa().name() == "amx", isa().name() == "avx512-fp16");
+    let (pairs, halves) = (matches!(isa().name(), "amx" | "avx512-bf16"), isa().name() == "avx512-fp16");
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         for (n, k) in [(1, 1), (16, 2), (17, 3), (33, 64), (130, 65), (576, 192), (48, 577)] {
             let parts = [random(&mut rng, &[n, k]), random(&mut rng, &[n.div_ceil(3), k])];
@@ -23,8 +23,8 @@ fn linear_equals_the_formula() {
             for m in [1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 25, 66] {
                 // A slice of a wider matrix, as the parts of a stacked projection are.
                 let x = random(&mut rng, &[m, k + 5]).narrow(1, 2, k).unwrap();
-                // The matrix unit reads activations as bf16.
-                let x = if tiles && dtype == DType::BF16 {
+                // Products of pairs read activations as bf16.
+                let x = if pairs && dtype == DType::BF16 {
                     x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap()
                 } else {
                     x
@@ -230,8 +230,8 @@ fn attention_equals_the_formula() {
                     let wanted = ops::paged_attention(&step.q, &step.plain, &step.meta, &params).unwrap();
                     let error = error(&found, &wanted);
                     let allowed = match (isa().name(), dtype) {
-                        // The matrix unit reads queries and weights as bf16.
-                        ("amx", KvDtype::Bf16 | KvDtype::Int8) => 0.02,
+                        // Products of pairs read queries and weights as bf16.
+                        ("amx" | "avx512-bf16", KvDtype::Bf16 | KvDtype::Int8) => 0.02,
                         // The plain cache rounds to bf16, this one to f16; sums of some products are f16.
                         ("avx512-fp16", KvDtype::Bf16 | KvDtype::F16) => 0.01,
                         _ => 3e-6,

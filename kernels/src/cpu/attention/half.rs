@@ -16,7 +16,8 @@ use std::ops::Range;
 use super::softmax::{Softmax, join, positive_zeros};
 use super::tiles::{Ahead, Gathered, Tiles, in_place};
 use super::{CHUNK, Job, Piece, SEGMENT, TILES};
-use crate::cpu::halves::{FACTOR_EXPONENT, MAX_BLOCK_ROWS, pack_block, scale_to, widen};
+use crate::cpu::halves::{FACTOR_EXPONENT, pack_block, scale_to, widen};
+use crate::cpu::line_gemm::MAX_BLOCK_ROWS;
 use crate::cpu::simd::{Avx512, LANES, Simd};
 use crate::ops::AttnParams;
 

@@ -10,7 +10,11 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod dots;
+#[cfg(target_arch = "x86_64")]
 mod half;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod products;
 mod softmax;
 #[cfg(all(test, target_arch = "x86_64"))]
@@ -49,19 +53,34 @@ pub(crate) fn paged_attention(
     y: &mut Unwritten,
 ) {
     #[cfg(target_arch = "x86_64")]
-    let matrix_unit = isa() == Isa::Amx;
+    let unit = match isa() {
+        Isa::Amx => Unit::Tiles,
+        Isa::Avx512Bf16 => Unit::Dots,
+        _ => Unit::Vectors,
+    };
     #[cfg(not(target_arch = "x86_64"))]
-    let matrix_unit = false;
-    compute(q, store, meta, params, matrix_unit, y);
+    let unit = Unit::Vectors;
+    compute(q, store, meta, params, unit, y);
 }
 
-/// As [`paged_attention`]; `matrix_unit`: caches of bf16 and bytes on tiles, where these may be used.
+/// What multiplies numbers of caches of bf16 and bytes; what is used here must be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    /// Multiply-adds of f32.
+    Vectors,
+    #[cfg(target_arch = "x86_64")]
+    Tiles,
+    #[cfg(target_arch = "x86_64")]
+    Dots,
+}
+
+/// As [`paged_attention`], by `unit`.
 fn compute(
     q: Rows<'_>,
     store: &KvStore,
     meta: &PagedMeta,
     params: &AttnParams,
-    matrix_unit: bool,
+    unit: Unit,
     y: &mut Unwritten,
 ) {
     let num_heads = q.width / store.head_dim;
@@ -78,7 +97,7 @@ fn compute(
             }
         }
     }
-    let job = Job { q, store, meta, params, group, matrix_unit, y: OutPtr::new(y) };
+    let job = Job { q, store, meta, params, group, unit, y: OutPtr::new(y) };
     if pieces.len() < PIECES_PER_THREAD * pool::num_threads() {
         return attend_split(&job, &pieces);
     }
@@ -135,9 +154,7 @@ struct Job<'a> {
     meta: &'a PagedMeta,
     params: &'a AttnParams,
     group: usize,
-    /// Only x86-64 has one.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    matrix_unit: bool,
+    unit: Unit,
     y: OutPtr<f32>,
 }
 
@@ -181,7 +198,7 @@ impl Job<'_> {
 fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
     // A function for each type: all in one would be too large for the compiler to inline what it is made of.
     macro_rules! of {
-        ($attend:path, $element:ty, $raw:ty, $kv:expr, $scales:expr) => {{
+        ($attend:path, [$($element:ty),+], $raw:ty, $kv:expr, $scales:expr) => {{
             type Buffers<'a> = (&'a [$raw], &'a [$raw]);
             type Scales<'a> = Option<(&'a [f32], &'a [f32])>;
             #[inline(always)]
@@ -195,7 +212,7 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
                 // SAFETY: the element type matches the buffers; the rest is given by the caller.
                 unsafe {
                     use $attend as attend;
-                    attend::<S, $element>(job, piece, keys, kv, scales)
+                    attend::<S, $($element),+>(job, piece, keys, kv, scales)
                 }
             }
             dispatch!(
@@ -204,23 +221,33 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
             )
         }};
     }
-    match &job.store.data {
+    match (&job.store.data, job.unit) {
         #[cfg(target_arch = "x86_64")]
-        KvData::Bf16 { k, v } if job.matrix_unit => of!(amx::attend, amx::Bf16, u16, (k, v), None),
-        #[cfg(target_arch = "x86_64")]
-        KvData::Int8 { k, v, k_scales, v_scales } if job.matrix_unit => {
-            of!(amx::attend, amx::Int8, i8, (k, v), Some((k_scales, v_scales)))
+        (KvData::Bf16 { k, v }, Unit::Tiles) => {
+            of!(pairs::attend, [pairs::Bf16, amx::Tiles], u16, (k, v), None)
         }
         #[cfg(target_arch = "x86_64")]
-        KvData::Halves { k, v, k_scales, v_scales } => {
+        (KvData::Bf16 { k, v }, Unit::Dots) => {
+            of!(pairs::attend, [pairs::Bf16, dots::Dots], u16, (k, v), None)
+        }
+        #[cfg(target_arch = "x86_64")]
+        (KvData::Int8 { k, v, k_scales, v_scales }, Unit::Tiles) => {
+            of!(pairs::attend, [pairs::Int8, amx::Tiles], i8, (k, v), Some((k_scales, v_scales)))
+        }
+        #[cfg(target_arch = "x86_64")]
+        (KvData::Int8 { k, v, k_scales, v_scales }, Unit::Dots) => {
+            of!(pairs::attend, [pairs::Int8, dots::Dots], i8, (k, v), Some((k_scales, v_scales)))
+        }
+        #[cfg(target_arch = "x86_64")]
+        (KvData::Halves { k, v, k_scales, v_scales }, _) => {
             // SAFETY: such caches are made only where the instructions were detected.
             unsafe { half::attend(job, piece, keys, half::Cache { k, v, k_scales, v_scales }) }
         }
-        KvData::F32 { k, v } => of!(attend_typed, F32, f32, (k, v), None),
-        KvData::Bf16 { k, v } => of!(attend_typed, Bf16, u16, (k, v), None),
-        KvData::F16 { k, v } => of!(attend_typed, F16, u16, (k, v), None),
-        KvData::Int8 { k, v, k_scales, v_scales } => {
-            of!(attend_typed, Int8, i8, (k, v), Some((k_scales, v_scales)))
+        (KvData::F32 { k, v }, _) => of!(attend_typed, [F32], f32, (k, v), None),
+        (KvData::Bf16 { k, v }, Unit::Vectors) => of!(attend_typed, [Bf16], u16, (k, v), None),
+        (KvData::F16 { k, v }, _) => of!(attend_typed, [F16], u16, (k, v), None),
+        (KvData::Int8 { k, v, k_scales, v_scales }, Unit::Vectors) => {
+            of!(attend_typed, [Int8], i8, (k, v), Some((k_scales, v_scales)))
         }
     }
 }

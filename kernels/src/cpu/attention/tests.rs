@@ -1,5 +1,5 @@
-//! Attention on tiles and by 16-bit floats against the formula and against itself in other chunks; on the matrix unit where
-//! there is one and emulated elsewhere.
+//! Attention on tiles, by dot products of bf16 and by 16-bit floats against the formula and against itself in other chunks; on
+//! the matrix unit where there is one and emulated elsewhere.
 
 use super::super::amx::tests::{bits, numbers, use_tiles};
 use super::super::halves::scale_to;
@@ -11,6 +11,7 @@ use crate::ops::{AttnParams, PagedMeta};
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Unit {
     Tiles,
+    Dots,
     Halves,
 }
 
@@ -19,6 +20,11 @@ impl Unit {
     fn prepare(self) -> bool {
         match self {
             Self::Tiles => use_tiles(),
+            Self::Dots if is_x86_feature_detected!("avx512bf16") => {}
+            Self::Dots => {
+                eprintln!("this processor has no dot products of bf16: nothing to test");
+                return false;
+            }
             Self::Halves if isa() == Isa::Avx512Fp16 => {}
             Self::Halves => {
                 eprintln!("16-bit floats are not the instruction set in use: nothing to test");
@@ -59,7 +65,9 @@ fn rounded(x: &[f32], shape: &Shape) -> Vec<f32> {
             };
             x.chunks_exact(shape.dim).flat_map(round).collect()
         }
-        (Unit::Tiles, KvDtype::Bf16) => x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect(),
+        (Unit::Tiles | Unit::Dots, KvDtype::Bf16) => {
+            x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect()
+        }
         _ => {
             let round = |head: &[f32]| {
                 let largest = head.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
@@ -111,7 +119,12 @@ impl Step {
         // SAFETY: attention writes all of its output.
         let y = unsafe {
             written(tokens.len() * width, |y| {
-                compute(q, &self.store, meta, params, self.shape.unit == Unit::Tiles, y);
+                let unit = match self.shape.unit {
+                    Unit::Tiles => super::Unit::Tiles,
+                    Unit::Dots => super::Unit::Dots,
+                    Unit::Halves => super::Unit::Vectors,
+                };
+                compute(q, &self.store, meta, params, unit, y);
                 Ok::<(), ()>(())
             })
         };
@@ -201,6 +214,16 @@ fn attention_on_tiles_equals_the_formula() {
 }
 
 #[test]
+fn attention_by_dot_products_equals_the_formula() {
+    equals_the_formula(
+        Unit::Dots,
+        &[(16, KvDtype::Bf16), (3, KvDtype::Bf16), (16, KvDtype::Int8), (24, KvDtype::Int8)],
+        // As on tiles: what is rounded is the same.
+        (0.02, 0.002),
+    );
+}
+
+#[test]
 fn attention_by_16_bit_floats_equals_the_formula() {
     // Sums lose a few times 2^-11 of what they are made of.
     equals_the_formula(
@@ -245,6 +268,9 @@ fn nothing_depends_on_batch_or_chunks() {
         (Unit::Tiles, KvDtype::Bf16, 16),
         (Unit::Tiles, KvDtype::Bf16, 3),
         (Unit::Tiles, KvDtype::Int8, 16),
+        (Unit::Dots, KvDtype::Bf16, 16),
+        (Unit::Dots, KvDtype::Bf16, 3),
+        (Unit::Dots, KvDtype::Int8, 16),
         (Unit::Halves, KvDtype::Bf16, 16),
         (Unit::Halves, KvDtype::F16, 3),
     ];
@@ -272,7 +298,7 @@ fn nothing_depends_on_batch_or_chunks() {
 
 #[test]
 fn what_lies_behind_a_sequence_is_not_read() {
-    for unit in [Unit::Tiles, Unit::Halves] {
+    for unit in [Unit::Tiles, Unit::Dots, Unit::Halves] {
         if !unit.prepare() {
             continue;
         }
