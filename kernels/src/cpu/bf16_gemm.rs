@@ -7,10 +7,10 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::line_gemm::{self, LINE, Lines, MAX_BLOCK_ROWS, Outputs, Tile};
+use super::line_gemm::{self, LINE, Lines, MAX_BLOCK_ROWS, Tile};
 use super::matrix::PackedMatrix;
-use super::simd::{Avx512, LANES};
-use super::{Rows, Unwritten, store_outputs};
+use super::simd::LANES;
+use super::{Rows, Unwritten};
 
 /// Whether the instructions are worth using here: AMD's processors that have them start as many a cycle as multiply-adds of
 /// f32. Intel's start half as many, so that nothing is won over f32 sums, which are more exact.
@@ -110,16 +110,11 @@ impl Lines for Pairs<'_> {
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn finish(&self, sums: &[f32], _scale: f32, panel: usize, row: usize, out: &Outputs<'_>) {
-        for (sums, column) in sums.chunks_exact(LANES).zip((panel * LANES..).step_by(LANES)) {
-            // SAFETY: sixteen sums; this row's columns of these panels are this piece's.
-            unsafe {
-                let y = _mm512_loadu_ps(sums.as_ptr());
-                let place = (column, out.num_rows);
-                store_outputs::<Avx512>(y, out.bias, out.y, row * out.num_rows, place);
-            }
-        }
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn finish(&self, sums: *const f32, _scale: f32, _column: usize) -> __m512 {
+        // SAFETY: given by the caller.
+        unsafe { _mm512_loadu_ps(sums) }
     }
 }
 

@@ -10,10 +10,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::halves::{pack_block, widen};
-use super::line_gemm::{self, LINE, Lines, Outputs, Tile};
+use super::line_gemm::{self, LINE, Lines, Tile};
 use super::matrix::{HALF_LANES, HalfPanels};
-use super::simd::{Avx512, LANES};
-use super::{Rows, Unwritten, store_outputs};
+use super::simd::LANES;
+use super::{Rows, Unwritten};
 
 /// Products that are summed one after another.
 const CHAIN: usize = 16;
@@ -100,21 +100,14 @@ impl Lines for Halves<'_> {
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512fp16")]
-    unsafe fn finish(&self, sums: &[f32], scale: f32, panel: usize, row: usize, out: &Outputs<'_>) {
-        let scale = _mm512_set1_ps(scale);
-        for (sums, column) in sums.chunks_exact(LANES).zip((panel * HALF_LANES..).step_by(LANES)) {
-            if column >= out.num_rows {
-                break;
-            }
-            // SAFETY: sixteen sums; scales are padded to whole panels; this row's columns of these panels are this piece's.
-            unsafe {
-                let scales = _mm512_loadu_ps(self.w.scales[column..][..LANES].as_ptr());
-                // One after the other: their product may be out of range where the result is not.
-                let y = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(sums.as_ptr()), scales), scale);
-                let place = (column, out.num_rows);
-                store_outputs::<Avx512>(y, out.bias, out.y, row * out.num_rows, place);
-            }
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512fp16")]
+    unsafe fn finish(&self, sums: *const f32, scale: f32, column: usize) -> __m512 {
+        // SAFETY: sixteen sums; scales are padded to whole panels.
+        unsafe {
+            let scales = _mm512_loadu_ps(self.w.scales[column..][..LANES].as_ptr());
+            // One after the other: their product may be out of range where the result is not.
+            _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(sums), scales), _mm512_set1_ps(scale))
         }
     }
 }

@@ -9,11 +9,12 @@
 //!
 //! Every output element is summed in one order, whatever m is: its bits depend on its own row alone.
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{__m512, _MM_HINT_T0, _mm_prefetch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::{OutPtr, Rows, Unwritten, pool};
+use super::simd::{Avx512, LANES};
+use super::{OutPtr, Rows, Unwritten, pool, store_outputs};
 
 /// Rows of a block at most: more would not leave registers for the operands.
 pub(super) const MAX_BLOCK_ROWS: usize = 12;
@@ -53,16 +54,16 @@ pub(super) trait Lines: Sync {
     /// Multiplies `M` rows by `N` panels; see [`Tile`].
     unsafe fn multiply<const M: usize, const N: usize>(tile: &Tile);
 
-    /// Stores the outputs that the `sums` of row `row` by the panels from `panel` on come to.
-    unsafe fn finish(&self, sums: &[f32], scale: f32, panel: usize, row: usize, out: &Outputs<'_>);
+    /// The outputs that sixteen `sums` of a row come to, from `column` on; `scale` is the row's.
+    unsafe fn finish(&self, sums: *const f32, scale: f32, column: usize) -> __m512;
 }
 
 /// Where outputs go.
-pub(super) struct Outputs<'a> {
+struct Outputs<'a> {
     /// Rows of w.
-    pub(super) num_rows: usize,
-    pub(super) bias: Option<&'a [f32]>,
-    pub(super) y: OutPtr<f32>,
+    num_rows: usize,
+    bias: Option<&'a [f32]>,
+    y: OutPtr<f32>,
 }
 
 /// A run of lines of some panels, and a block of rows that meets them.
@@ -205,17 +206,19 @@ impl<L: Lines> Job<'_, L> {
         while panel < panels.end {
             let count = 1 << group.min(panels.end - panel).ilog2();
             let width = count * L::PANEL_ROWS;
-            for start in (0..depth).step_by(RUN) {
+            // One also if there is nothing to sum: outputs are written by the last.
+            for start in (0..depth.max(1)).step_by(RUN) {
                 for (idx, block) in blocks.iter().enumerate() {
                     let sums = &mut sums[(block.first - first_row) * width..][..block.rows * width];
                     let ahead = self.ahead((panel, count), start, (idx, blocks.len()));
                     // SAFETY: given by the caller; `sums` has a place for each row and panel.
-                    unsafe { self.tile(block, (panel, count), start, ahead, sums) };
+                    unsafe {
+                        self.tile(block, (panel, count), start, ahead, sums);
+                        if depth <= start + RUN {
+                            self.finish(block, panel, sums);
+                        }
+                    }
                 }
-            }
-            for (row, sums) in (first_row..).zip(sums.chunks_exact(width).take(num_rows)) {
-                // SAFETY: given by the caller.
-                unsafe { self.w.finish(sums, self.blocks.scales[row], panel, row, &self.outputs) };
             }
             panel += count;
         }
@@ -231,6 +234,26 @@ impl<L: Lines> Job<'_, L> {
         }
         let next = if start + RUN < depth { at(panel, start + RUN) } else { at(panel + count, 0) };
         Ahead { from: next.wrapping_add(RUN * idx / blocks * LINE), share: Ahead::ALL / blocks }
+    }
+
+    /// Stores what the sums of a block's rows by the panels from `panel` on come to, while they are in the nearest cache.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    unsafe fn finish(&self, block: &Block, panel: usize, sums: &[f32]) {
+        let Outputs { num_rows, bias, y } = self.outputs;
+        for (row, sums) in (block.first..).zip(sums.chunks_exact(sums.len() / block.rows)) {
+            let scale = self.blocks.scales[row];
+            for (sums, column) in
+                sums.chunks_exact(LANES).zip((panel * L::PANEL_ROWS..num_rows).step_by(LANES))
+            {
+                // SAFETY: sixteen sums; this row's columns of these panels are this piece's.
+                unsafe {
+                    let outputs = self.w.finish(sums.as_ptr(), scale, column);
+                    store(outputs, bias, y, row * num_rows, (column, num_rows));
+                }
+            }
+        }
     }
 
     /// # Safety
@@ -299,4 +322,14 @@ impl<L: Lines> Job<'_, L> {
             (12, 1),
         );
     }
+}
+
+/// As [`store_outputs`].
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn store(y: __m512, bias: Option<&[f32]>, out: OutPtr<f32>, row_start: usize, place: (usize, usize)) {
+    // SAFETY: given by the caller.
+    unsafe { store_outputs::<Avx512>(y, bias, out, row_start, place) };
 }

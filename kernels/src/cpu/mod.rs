@@ -231,12 +231,14 @@ macro_rules! dispatch_dot {
             unsafe { $func::<$crate::cpu::simd::Avx2, $crate::cpu::dot::Avx2Dot>($($name),*) }
         }
         match $crate::cpu::isa() {
-            // SAFETY: `isa()` returns a set only after detecting its features on this processor.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx512Vnni
             | $crate::cpu::Isa::Avx512Bf16
             | $crate::cpu::Isa::Avx512Fp16
-            | $crate::cpu::Isa::Amx => unsafe { vnni($($arg),*) },
+            | $crate::cpu::Isa::Amx => {
+                // SAFETY: `isa()` returns a set only after detecting its features on this processor.
+                unsafe { vnni($($arg),*) }
+            }
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },

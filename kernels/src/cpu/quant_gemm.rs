@@ -409,21 +409,41 @@ impl Tile<'_> {
                 });
                 let mut k = begin;
                 while k < end {
-                    let quads: [(D::Quad, D::Quad); M] = std::array::from_fn(|m| {
-                        let p = x_codes.add(m * depth + k);
-                        (D::quad(p), D::quad(p.add(4)))
-                    });
-                    for n in 0..N {
+                    let load = |n: usize| {
                         let p = codes.add(n * panel_bytes + k / STEP_COLS * C::STEP);
                         // Beyond the end this names memory that is not ours, which a prefetch may.
                         S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES));
                         if C::STEP > STEP_BYTES {
                             S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES + STEP_BYTES));
                         }
-                        let (low, high) = C::load::<S, D>(p);
+                        C::load::<S, D>(p)
+                    };
+                    let quads = |m: usize| {
+                        let p = x_codes.add(m * depth + k);
+                        (D::quad(p), D::quad(p.add(4)))
+                    };
+                    // What there is less of stays in registers: with all of the other it would not fit beside the sums.
+                    if N <= M {
+                        let codes: [(D::Codes, D::Codes); N] = std::array::from_fn(load);
                         for m in 0..M {
-                            sums[m][n] = D::add(sums[m][n], low, quads[m].0);
-                            sums[m][n] = D::add(sums[m][n], high, quads[m].1);
+                            let quads = quads(m);
+                            for n in 0..N {
+                                sums[m][n] = D::add(sums[m][n], codes[n].0, quads.0);
+                            }
+                            for n in 0..N {
+                                sums[m][n] = D::add(sums[m][n], codes[n].1, quads.1);
+                            }
+                        }
+                    } else {
+                        let quads: [(D::Quad, D::Quad); M] = std::array::from_fn(quads);
+                        for n in 0..N {
+                            let codes = load(n);
+                            for m in 0..M {
+                                sums[m][n] = D::add(sums[m][n], codes.0, quads[m].0);
+                            }
+                            for m in 0..M {
+                                sums[m][n] = D::add(sums[m][n], codes.1, quads[m].1);
+                            }
                         }
                     }
                     k += STEP_COLS;
