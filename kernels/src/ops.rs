@@ -288,8 +288,32 @@ pub fn add_rms_norm(
             return Ok((sum, normed));
         }
     }
-    let sum = if scale == 1.0 { add(a, b)? } else { add(a, &(b * scale)?)? };
-    let normed = rms_norm(&sum, weight, eps)?;
+    let width = a.dim(D::Minus1)?;
+    if a.dims() != b.dims() || weight.dims() != [width] {
+        let shapes = format!("{:?} and {:?} by a weight of {:?}", a.dims(), b.dims(), weight.dims());
+        return Err(argument("add_rms_norm", shapes));
+    }
+    if !on_cpu_f32(a) {
+        let sum = if scale == 1.0 { add(a, b)? } else { add(a, &(b * scale)?)? };
+        let normed = rms_norm(&sum, weight, eps)?;
+        return Ok((sum, normed));
+    }
+    let (a_view, b_view, weight) = (View::new(a, width)?, View::new(b, width)?, View::new(weight, width)?);
+    let mut normed = None;
+    let sum = fill(a.dims(), |sums| {
+        normed = Some(fill(a.dims(), |y| {
+            a_view.read(|a| {
+                b_view.read(|b| {
+                    let norm = |weight: Rows<'_>| {
+                        cpu::add_rms_norm((a, b), scale as f32, (weight.row(0), eps), sums, y)
+                    };
+                    weight.read(norm)
+                })
+            })??
+        })?);
+        Ok(())
+    })?;
+    let normed = normed.ok_or_else(|| argument("add_rms_norm", "nothing was computed"))?;
     Ok((sum, normed))
 }
 

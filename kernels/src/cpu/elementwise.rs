@@ -49,16 +49,73 @@ unsafe fn rms_norm_rows<S: Simd>(
                 let v = S::load(x_row.as_ptr().add(i));
                 sums = S::fma(v, v, sums);
             }
-            let sum = x_row[vectors..].iter().fold(S::sum(sums), |sum, v| sum + v * v);
-            let scale = 1.0 / (sum / x.width as f32 + eps).sqrt();
-            let scales = S::splat(scale);
-            for i in (0..vectors).step_by(LANES) {
-                let v = S::mul(S::load(x_row.as_ptr().add(i)), scales);
-                S::store(y.as_mut_ptr().add(i), S::mul(v, S::load(weight.as_ptr().add(i))));
-            }
-            for i in vectors..x.width {
-                y[i] = x_row[i] * scale * weight[i];
-            }
+            let squares = x_row[vectors..].iter().fold(S::sum(sums), |sum, v| sum + v * v);
+            normalise::<S>(x_row, squares, weight, eps, y);
+        }
+    }
+}
+
+/// `y = x / sqrt(squares / width + eps) * weight`
+///
+/// # Safety
+/// All are of the same length; the instruction set of `S`.
+#[inline(always)]
+unsafe fn normalise<S: Simd>(x: &[f32], squares: f32, weight: &[f32], eps: f32, y: &mut [f32]) {
+    let vectors = x.len() / LANES * LANES;
+    let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    // SAFETY: the vectors lie in the rows, given by the caller; the tail is done one by one.
+    unsafe {
+        let scales = S::splat(scale);
+        for i in (0..vectors).step_by(LANES) {
+            let v = S::mul(S::load(x.as_ptr().add(i)), scales);
+            S::store(y.as_mut_ptr().add(i), S::mul(v, S::load(weight.as_ptr().add(i))));
+        }
+        for i in vectors..x.len() {
+            y[i] = x[i] * scale * weight[i];
+        }
+    }
+}
+
+/// `a + scale * b`, row by row, and its [`rms_norm`] in the same pass.
+pub(crate) fn add_rms_norm(
+    (a, b): (Rows<'_>, Rows<'_>),
+    scale: f32,
+    (weight, eps): (&[f32], f32),
+    sums: &mut Unwritten,
+    y: &mut Unwritten,
+) {
+    let len = a.num_rows * a.width;
+    assert!((a.num_rows, a.width) == (b.num_rows, b.width) && weight.len() == a.width, "sizes");
+    assert!(sums.len() == len && y.len() == len, "sizes of outputs");
+    let (sums, y) = (OutPtr::new(sums), OutPtr::new(y));
+    for_rows(a.num_rows, a.width, |first, end| {
+        dispatch!(
+            add_rms_norm_rows((a, b), scale, (weight, eps), (sums, y), (first, end)) -> (),
+            [
+                ab: (Rows<'_>, Rows<'_>),
+                scale: f32,
+                norm: (&[f32], f32),
+                out: (OutPtr<f32>, OutPtr<f32>),
+                rows: (usize, usize),
+            ]
+        );
+    });
+}
+
+#[inline(always)]
+unsafe fn add_rms_norm_rows<S: Simd>(
+    (a, b): (Rows<'_>, Rows<'_>),
+    scale: f32,
+    (weight, eps): (&[f32], f32),
+    (sums, y): (OutPtr<f32>, OutPtr<f32>),
+    (first, end): (usize, usize),
+) {
+    for row in first..end {
+        // SAFETY: rows are disjoint parts of both outputs, which have `width` elements for each.
+        unsafe {
+            let sum = sums.slice(row * a.width, a.width);
+            let squares = sum_of_rows::<S>(a.row(row), b.row(row), scale, sum);
+            normalise::<S>(sum, squares, weight, eps, y.slice(row * a.width, a.width));
         }
     }
 }
@@ -68,14 +125,48 @@ pub(crate) fn add(a: Rows<'_>, b: Rows<'_>, y: &mut Unwritten) {
     assert!((a.num_rows, a.width) == (b.num_rows, b.width) && y.len() == a.num_rows * a.width, "sizes");
     let out = OutPtr::new(y);
     for_rows(a.num_rows, a.width, |first, end| {
-        for row in first..end {
-            // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
-            let y_row = unsafe { out.slice(row * a.width, a.width) };
-            for ((y, a), b) in y_row.iter_mut().zip(a.row(row)).zip(b.row(row)) {
-                *y = a + b;
-            }
-        }
+        dispatch!(
+            add_rows(a, b, out, first, end) -> (),
+            [a: Rows<'_>, b: Rows<'_>, out: OutPtr<f32>, first: usize, end: usize]
+        );
     });
+}
+
+#[inline(always)]
+unsafe fn add_rows<S: Simd>(a: Rows<'_>, b: Rows<'_>, out: OutPtr<f32>, first: usize, end: usize) {
+    for row in first..end {
+        // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
+        unsafe {
+            let y = out.slice(row * a.width, a.width);
+            sum_of_rows::<S>(a.row(row), b.row(row), 1.0, y);
+        }
+    }
+}
+
+/// `y = a + scale * b`; returns the sum of the squares, in the order of [`rms_norm`].
+///
+/// # Safety
+/// All are of the same length; the instruction set of `S`.
+#[inline(always)]
+unsafe fn sum_of_rows<S: Simd>(a: &[f32], b: &[f32], scale: f32, y: &mut [f32]) -> f32 {
+    let vectors = a.len() / LANES * LANES;
+    // SAFETY: the vectors lie in the rows, given by the caller; the tail is done one by one.
+    unsafe {
+        let scales = S::splat(scale);
+        let mut squares = S::splat(0.0);
+        for i in (0..vectors).step_by(LANES) {
+            let part = S::mul(S::load(b.as_ptr().add(i)), scales);
+            let v = S::add(S::load(a.as_ptr().add(i)), part);
+            S::store(y.as_mut_ptr().add(i), v);
+            squares = S::fma(v, v, squares);
+        }
+        let mut total = S::sum(squares);
+        for i in vectors..a.len() {
+            y[i] = a[i] + scale * b[i];
+            total += y[i] * y[i];
+        }
+        total
+    }
 }
 
 /// Rotates the first `2 * half` of every head, half against half; `cos`, `sin` are `[num_tokens, half]`.
@@ -88,21 +179,56 @@ pub(crate) fn rope(x: Rows<'_>, head_dim: usize, cos: Rows<'_>, sin: Rows<'_>, y
     assert!(cos.num_rows == x.num_rows && sin.num_rows == x.num_rows && sin.width == half, "table sizes");
     let out = OutPtr::new(y);
     for_rows(x.num_rows, x.width, |first, end| {
-        for row in first..end {
-            let (cos, sin) = (cos.row(row), sin.row(row));
-            // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
-            let y_row = unsafe { out.slice(row * x.width, x.width) };
-            for (x, y) in x.row(row).chunks_exact(head_dim).zip(y_row.chunks_exact_mut(head_dim)) {
-                let (a, rest) = x.split_at(half);
-                let (b, pass) = rest.split_at(half);
-                for i in 0..half {
-                    y[i] = a[i] * cos[i] - b[i] * sin[i];
-                    y[half + i] = b[i] * cos[i] + a[i] * sin[i];
+        dispatch!(
+            rope_rows(x, head_dim, (cos, sin), out, first, end) -> (),
+            [
+                x: Rows<'_>,
+                head_dim: usize,
+                tables: (Rows<'_>, Rows<'_>),
+                out: OutPtr<f32>,
+                first: usize,
+                end: usize,
+            ]
+        );
+    });
+}
+
+#[inline(always)]
+unsafe fn rope_rows<S: Simd>(
+    x: Rows<'_>,
+    head_dim: usize,
+    (cos, sin): (Rows<'_>, Rows<'_>),
+    out: OutPtr<f32>,
+    first: usize,
+    end: usize,
+) {
+    let half = cos.width;
+    let vectors = half / LANES * LANES;
+    for row in first..end {
+        let (cos, sin) = (cos.row(row), sin.row(row));
+        // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
+        let y_row = unsafe { out.slice(row * x.width, x.width) };
+        for (x, y) in x.row(row).chunks_exact(head_dim).zip(y_row.chunks_exact_mut(head_dim)) {
+            let (a, rest) = x.split_at(half);
+            let (b, pass) = rest.split_at(half);
+            let (first, rest) = y.split_at_mut(half);
+            let (second, passed) = rest.split_at_mut(half);
+            passed.copy_from_slice(pass);
+            for i in (0..vectors).step_by(LANES) {
+                // SAFETY: whole vectors of halves; the instruction set is given.
+                unsafe {
+                    let (a, b) = (S::load(a.as_ptr().add(i)), S::load(b.as_ptr().add(i)));
+                    let (cos, sin) = (S::load(cos.as_ptr().add(i)), S::load(sin.as_ptr().add(i)));
+                    S::store(first.as_mut_ptr().add(i), S::sub(S::mul(a, cos), S::mul(b, sin)));
+                    S::store(second.as_mut_ptr().add(i), S::add(S::mul(b, cos), S::mul(a, sin)));
                 }
-                y[2 * half..].copy_from_slice(pass);
+            }
+            for i in vectors..half {
+                first[i] = a[i] * cos[i] - b[i] * sin[i];
+                second[i] = b[i] * cos[i] + a[i] * sin[i];
             }
         }
-    });
+    }
 }
 
 /// `act(gate) * up` for rows of `[gate, up]`.

@@ -41,7 +41,7 @@ mod self_attention;
 mod simd;
 
 pub(crate) use attention::paged_attention;
-pub(crate) use elementwise::{activate, add, gated_activation, rms_norm, rope};
+pub(crate) use elementwise::{activate, add, add_rms_norm, gated_activation, rms_norm, rope};
 pub(crate) use gemm::matmul;
 pub use isa::{Isa, isa};
 pub(crate) use kv::{KvStore, head_bytes};

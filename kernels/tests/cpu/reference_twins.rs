@@ -77,6 +77,23 @@ fn embedding_reads_rows() {
 }
 
 #[test]
+fn a_residual_and_its_norm_have_the_bits_of_both_steps() {
+    let mut rng = rng(12);
+    for (rows, width) in [(1, 1), (3, 15), (2, 16), (5, 33), (40, 576)] {
+        let (a, b) = (random(&mut rng, &[rows, width]), random(&mut rng, &[rows, width]));
+        let weight = random(&mut rng, &[width]);
+        for scale in [1.0, 0.22] {
+            let (sum, normed) = ops::add_rms_norm((&a, &b), scale, &weight, 1e-5).unwrap();
+            let wanted = ops::add(&a, &(&b * scale).unwrap()).unwrap();
+            assert_eq!(bits(&sum), bits(&wanted), "{rows} x {width}, {scale}");
+            assert_eq!(bits(&normed), bits(&ops::rms_norm(&wanted, &weight, 1e-5).unwrap()));
+        }
+        let narrow = random(&mut rng, &[rows, width + 1]);
+        assert!(ops::add_rms_norm((&a, &narrow), 1.0, &weight, 1e-5).is_err());
+    }
+}
+
+#[test]
 fn rms_norm_equals_the_formula() {
     let mut rng = rng(4);
     for width in [1, 15, 16, 17, 64, 576] {
