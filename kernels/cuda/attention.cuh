@@ -23,11 +23,15 @@ struct Attention {
     // Decode only. Where the parts of each of `seqs` begin, and the parts: [parts, heads, head_dim] and [parts, heads, 2].
     const unsigned* cu_parts;
     float *part_out, *part_stats;
+    // Kernels named `attention_biased_` only: added to scores. [heads, bias_stride]; a query at i and a key at j of a
+    // sequence have number i - j + bias_reach - 1.
+    const float* bias;
     size_t q_stride, k_stride, v_stride;
     unsigned heads, kv_heads, head_dim, block_size, num_seqs;
     // A query sees keys from `left` - 1 before it to `right` after it.
     int left, right;
     float scale, softcap;  // `softcap` 0: none
+    unsigned bias_stride, bias_reach;
 };
 
 namespace {
@@ -78,8 +82,8 @@ __device__ __forceinline__ size_t key_row(const Attention& p, unsigned seq, unsi
 }
 
 // A product as a score in powers of two.
-__device__ __forceinline__ float score(const Attention& p, float product) {
-    float s = product * p.scale;
+__device__ __forceinline__ float score(const Attention& p, float product, float bias = 0.0f) {
+    float s = product * p.scale + bias;
     if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
     return s * LOG2_E;
 }

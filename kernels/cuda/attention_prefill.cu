@@ -2,7 +2,8 @@
 // without a cache, both ways or causal.
 //
 // A block of four warps computes 64 rows of one group, 16 a warp, and goes over the keys in tiles that begin at fixed
-// positions. Tiles are copied into shared memory while the one before is computed with.
+// positions. Tiles are copied into shared memory while the one before is computed with. A bias by distance is read where
+// it lies: 127 numbers serve a tile, which the first-level cache holds.
 #include "attention.cuh"
 
 namespace {
@@ -28,7 +29,8 @@ template <> __device__ __forceinline__ void stage<fp8>(uint16_t* to, const fp8* 
     store_pack<4>(reinterpret_cast<uint32_t*>(to), x);
 }
 
-template <class T, class KV, int DIM, int KEYS> __device__ __forceinline__ void attention_prefill(const Attention& p) {
+template <class T, class KV, int DIM, int KEYS, bool BIASED>
+__device__ __forceinline__ void attention_prefill(const Attention& p) {
     using C = typename Products<T, KV>::type;
     using Shared = Tiles<T, KV, DIM, KEYS>;
     constexpr int STRIDE = Shared::STRIDE, EIGHTS = DIM / 8;
@@ -85,6 +87,17 @@ template <class T, class KV, int DIM, int KEYS> __device__ __forceinline__ void 
     unsigned my_row = first_row + warp * 16 + g;
     int positions[2] = {position(my_row), position(my_row + 8)};
     int lowest = position(first_row + warp * 16), highest = position(first_row + warp * 16 + 15);
+    // Of each of this lane's rows, the bias of a key at 0; that of others lies before it.
+    const float* biases[2] = {nullptr, nullptr};
+    if (BIASED) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            size_t head = kv_head * group_size + min(my_row + 8 * half, last_row) % group_size;
+            biases[half] = p.bias + head * p.bias_stride + p.bias_reach - 1 + positions[half];
+        }
+    }
+    // Warps without rows, of short sequences, only help to copy.
+    bool busy = first_row + warp * 16 <= last_row;
 
     if (first_tile < tiles) copy_tile(first_tile);
     cp_async_commit();
@@ -95,54 +108,57 @@ template <class T, class KV, int DIM, int KEYS> __device__ __forceinline__ void 
         __syncthreads();
         const uint16_t *keys = shared.keys[tile % 2], *values = shared.values[tile % 2];
 
-        float s[KEYS / 8][4];
+        if (busy) {
+            float s[KEYS / 8][4];
 #pragma unroll
-        for (int t = 0; t < KEYS / 8; ++t) s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0f;
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) {
-            uint32_t a[4];
-            ldmatrix_x4(a, shared.queries + (warp * 16 + lane % 16) * STRIDE + d + lane / 16 * 8);
-#pragma unroll
-            for (int t = 0; t < KEYS / 8; t += 2) {
-                uint32_t b[4];
-                ldmatrix_x4(b, keys + (t * 8 + lane / 16 * 8 + lane % 8) * STRIDE + d + lane / 8 % 2 * 8);
-                mma_16816<C>(s[t], a, b[0], b[1]);
-                mma_16816<C>(s[t + 1], a, b[2], b[3]);
-            }
-        }
-
-        int start = tile * KEYS;
-        bool all_seen = start >= begin && start + KEYS <= end &&
-                        static_cast<long long>(start) + KEYS - 1 <= static_cast<long long>(lowest) + p.right &&
-                        static_cast<long long>(start) > static_cast<long long>(highest) - p.left;
-#pragma unroll
-        for (int t = 0; t < KEYS / 8; ++t) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int key = start + t * 8 + 2 * static_cast<int>(c) + i % 2, distance = key - positions[i / 2];
-                bool seen = all_seen || (key < end && distance <= p.right && -distance < p.left);
-                s[t][i] = seen ? score(p, s[t][i]) : MINUS_INFINITY;
-            }
-        }
-        float factor[2];
-        soften<KEYS / 8>(s, stats, factor);
-#pragma unroll
-        for (int t = 0; t < DIM / 8; ++t) {
-            acc[t][0] *= factor[0];
-            acc[t][1] *= factor[0];
-            acc[t][2] *= factor[1];
-            acc[t][3] *= factor[1];
-        }
-#pragma unroll
-        for (int t = 0; t < KEYS / 8; t += 2) {
-            uint32_t weights[4] = {pack2<C>(s[t][0], s[t][1]), pack2<C>(s[t][2], s[t][3]),
-                                   pack2<C>(s[t + 1][0], s[t + 1][1]), pack2<C>(s[t + 1][2], s[t + 1][3])};
+            for (int t = 0; t < KEYS / 8; ++t) s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0f;
 #pragma unroll
             for (int d = 0; d < DIM; d += 16) {
-                uint32_t b[4];
-                ldmatrix_x4_trans(b, values + (t * 8 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + d + lane / 16 * 8);
-                mma_16816<C>(acc[d / 8], weights, b[0], b[1]);
-                mma_16816<C>(acc[d / 8 + 1], weights, b[2], b[3]);
+                uint32_t a[4];
+                ldmatrix_x4(a, shared.queries + (warp * 16 + lane % 16) * STRIDE + d + lane / 16 * 8);
+#pragma unroll
+                for (int t = 0; t < KEYS / 8; t += 2) {
+                    uint32_t b[4];
+                    ldmatrix_x4(b, keys + (t * 8 + lane / 16 * 8 + lane % 8) * STRIDE + d + lane / 8 % 2 * 8);
+                    mma_16816<C>(s[t], a, b[0], b[1]);
+                    mma_16816<C>(s[t + 1], a, b[2], b[3]);
+                }
+            }
+
+            int start = tile * KEYS;
+            bool all_seen = start >= begin && start + KEYS <= end &&
+                            static_cast<long long>(start) + KEYS - 1 <= static_cast<long long>(lowest) + p.right &&
+                            static_cast<long long>(start) > static_cast<long long>(highest) - p.left;
+#pragma unroll
+            for (int t = 0; t < KEYS / 8; ++t) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int key = start + t * 8 + 2 * static_cast<int>(c) + i % 2, distance = key - positions[i / 2];
+                    bool seen = all_seen || (key < end && distance <= p.right && -distance < p.left);
+                    float bias = BIASED && seen ? biases[i / 2][-key] : 0.0f;
+                    s[t][i] = seen ? score(p, s[t][i], bias) : MINUS_INFINITY;
+                }
+            }
+            float factor[2];
+            soften<KEYS / 8>(s, stats, factor);
+#pragma unroll
+            for (int t = 0; t < DIM / 8; ++t) {
+                acc[t][0] *= factor[0];
+                acc[t][1] *= factor[0];
+                acc[t][2] *= factor[1];
+                acc[t][3] *= factor[1];
+            }
+#pragma unroll
+            for (int t = 0; t < KEYS / 8; t += 2) {
+                uint32_t weights[4] = {pack2<C>(s[t][0], s[t][1]), pack2<C>(s[t][2], s[t][3]),
+                                       pack2<C>(s[t + 1][0], s[t + 1][1]), pack2<C>(s[t + 1][2], s[t + 1][3])};
+#pragma unroll
+                for (int d = 0; d < DIM; d += 16) {
+                    uint32_t b[4];
+                    ldmatrix_x4_trans(b, values + (t * 8 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + d + lane / 16 * 8);
+                    mma_16816<C>(acc[d / 8], weights, b[0], b[1]);
+                    mma_16816<C>(acc[d / 8 + 1], weights, b[2], b[3]);
+                }
             }
         }
         __syncthreads();  // the tile after the next goes where this one lies
@@ -167,19 +183,28 @@ template <class T, class KV, int DIM, int KEYS> __device__ __forceinline__ void 
 
 }  // namespace
 
-#define PREFILL(name, T, KV, DIM, KEYS)                                               \
+#define PREFILL(name, T, KV, DIM, KEYS, BIASED)                                       \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) name(const Attention p) { \
-        attention_prefill<T, KV, DIM, KEYS>(p);                                       \
+        attention_prefill<T, KV, DIM, KEYS, BIASED>(p);                               \
     }                                                                                 \
     LAUNCHABLE(name)
 // Tiles of 64 keys; 32 where heads are so wide that both tiles would not fit into the memory of a small GPU.
-#define PREFILL_ALL(T, KV, suffix)                           \
-    PREFILL(attention_prefill_##suffix##_64, T, KV, 64, 64)   \
-    PREFILL(attention_prefill_##suffix##_96, T, KV, 96, 64)   \
-    PREFILL(attention_prefill_##suffix##_128, T, KV, 128, 64) \
-    PREFILL(attention_prefill_##suffix##_256, T, KV, 256, 32)
+#define PREFILL_ALL(T, KV, suffix)                                  \
+    PREFILL(attention_prefill_##suffix##_64, T, KV, 64, 64, false)   \
+    PREFILL(attention_prefill_##suffix##_96, T, KV, 96, 64, false)   \
+    PREFILL(attention_prefill_##suffix##_128, T, KV, 128, 64, false) \
+    PREFILL(attention_prefill_##suffix##_256, T, KV, 256, 32, false)
+// Of encoders: narrow heads, and a bias by distance.
+#define ENCODER_ALL(T, suffix)                                    \
+    PREFILL(attention_prefill_##suffix##_32, T, T, 32, 64, false) \
+    PREFILL(attention_biased_##suffix##_32, T, T, 32, 64, true)   \
+    PREFILL(attention_biased_##suffix##_64, T, T, 64, 64, true)   \
+    PREFILL(attention_biased_##suffix##_96, T, T, 96, 64, true)   \
+    PREFILL(attention_biased_##suffix##_128, T, T, 128, 64, true)
 
 PREFILL_ALL(bf16, bf16, bf16)
 PREFILL_ALL(f16, f16, f16)
 PREFILL_ALL(bf16, fp8, bf16_fp8)
 PREFILL_ALL(f16, fp8, f16_fp8)
+ENCODER_ALL(bf16, bf16)
+ENCODER_ALL(f16, f16)

@@ -1,6 +1,6 @@
 // What a layer does between its matrix products, each in one pass over memory: RMSNorm with the residual addition before
 // it, the gated activation, rows of an embedding, and queries and keys normed, rotated and stored.
-#include "device.cuh"
+#include "activation.cuh"
 
 namespace {
 
@@ -54,38 +54,40 @@ __device__ __forceinline__ void rms_norm(const T* a, size_t a_stride, const T* b
     else rms_norm_row<T, 1>(a, b, sum, weight, out, width, eps, b_scale);
 }
 
-enum Activation : unsigned { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
-
-__device__ __forceinline__ float activate(float x, unsigned activation) {
-    switch (activation) {
-        case SILU: return x / (1.0f + expf(-x));
-        case GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-        case GELU: return 0.5f * x * (1.0f + erff(x * 0.7071067812f));
-        default: return fmaxf(x, 0.0f);
-    }
-}
-
 template <class T, int N>
-__device__ __forceinline__ void gated_row(const T* gate, const T* up, T* out, unsigned width, unsigned activation) {
+__device__ __forceinline__ void gated_row(const T* gate, const T* bias, T* out, unsigned width, unsigned activation) {
     for (unsigned at = (blockIdx.x * blockDim.x + threadIdx.x) * N; at < width; at += gridDim.x * blockDim.x * N) {
-        Pack<T, N> g = load_pack<N>(gate + at), u = load_pack<N>(up + at);
+        Pack<T, N> g = load_pack<N>(gate + at), u = load_pack<N>(gate + width + at);
+        Pack<T, N> g_bias = {}, u_bias = {};
+        if (bias != nullptr) {
+            g_bias = load_pack<N>(bias + at);
+            u_bias = load_pack<N>(bias + width + at);
+        }
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-            g.v[i] = from_float<T>(to_float(from_float<T>(activate(to_float(g.v[i]), activation))) * to_float(u.v[i]));
+        for (int i = 0; i < N; ++i) {
+            float gate_value = to_float(g.v[i]), up_value = to_float(u.v[i]);
+            if (bias != nullptr) {
+                gate_value += to_float(g_bias.v[i]);
+                up_value += to_float(u_bias.v[i]);
+            }
+            g.v[i] = from_float<T>(to_float(from_float<T>(activate(gate_value, activation))) * up_value);
+        }
         store_pack<N>(out + at, g);
     }
 }
 
-// out = activation(gate) * up for rows of gate and up side by side. Rows are blockIdx.y.
+// out = activation(gate) * up for rows of gate and up side by side, to which `bias` [2 * width] is added first unless it
+// is null. Rows are blockIdx.y.
 template <class T>
-__device__ __forceinline__ void gated(const T* gate_up, size_t stride, T* out, unsigned width, unsigned rows,
-                                      unsigned activation) {
+__device__ __forceinline__ void gated(const T* gate_up, size_t stride, const T* bias, T* out, unsigned width,
+                                      unsigned rows, unsigned activation) {
     for (size_t row = blockIdx.y; row < rows; row += gridDim.y) {
         const T* gate = gate_up + row * stride;
         T* to = out + row * width;
-        size_t bits = reinterpret_cast<size_t>(gate) | reinterpret_cast<size_t>(to) | width * sizeof(T);
-        if (is_multiple_of_16(bits)) gated_row<T, WIDE<T>>(gate, gate + width, to, width, activation);
-        else gated_row<T, 1>(gate, gate + width, to, width, activation);
+        size_t bits = reinterpret_cast<size_t>(gate) | reinterpret_cast<size_t>(bias) | reinterpret_cast<size_t>(to) |
+                      width * sizeof(T);
+        if (is_multiple_of_16(bits)) gated_row<T, WIDE<T>>(gate, bias, to, width, activation);
+        else gated_row<T, 1>(gate, bias, to, width, activation);
     }
 }
 
@@ -201,9 +203,9 @@ template <class T, class KV> __device__ __forceinline__ void rotate_store(const 
         rms_norm<T>(a, a_stride, b, b_stride, sum, weight, out, width, eps, b_scale);                             \
     }                                                                                                             \
     LAUNCHABLE(rms_norm_##suffix)                                                                                 \
-    extern "C" __global__ void gated_##suffix(const T* gate_up, size_t stride, T* out, unsigned width,           \
-                                              unsigned rows, unsigned activation) {                              \
-        gated<T>(gate_up, stride, out, width, rows, activation);                                                  \
+    extern "C" __global__ void gated_##suffix(const T* gate_up, size_t stride, const T* bias, T* out,            \
+                                              unsigned width, unsigned rows, unsigned activation) {              \
+        gated<T>(gate_up, stride, bias, out, width, rows, activation);                                            \
     }                                                                                                             \
     LAUNCHABLE(gated_##suffix)                                                                                    \
     extern "C" __global__ void gather_##suffix(const T* table, size_t stride, const unsigned* ids, T* out,       \

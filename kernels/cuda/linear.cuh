@@ -8,6 +8,7 @@
 // depend on how many tokens there are.
 #pragma once
 
+#include "activation.cuh"
 #include "matrix.cuh"
 
 // As the host writes it.
@@ -29,19 +30,10 @@ struct LinearArgs {
 };
 
 constexpr unsigned WIDE_X = 1, WIDE_WEIGHTS = 2;
-constexpr unsigned SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, NOT_GATED = 4;
+constexpr unsigned NOT_GATED = 4;
 
 __device__ __forceinline__ Matrix matrix_of(const LinearArgs& a) {
     return Matrix{a.codes, a.scales, a.mins, a.row_scales, a.rows, a.cols, (a.flags & WIDE_WEIGHTS) != 0};
-}
-
-__device__ __forceinline__ float activate(float x, unsigned activation) {
-    switch (activation) {
-        case SILU: return x / (1.0f + expf(-x));
-        case GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-        case GELU: return 0.5f * x * (1.0f + erff(x * 0.7071067812f));
-        default: return fmaxf(x, 0.0f);
-    }
 }
 
 // A sum as a number: scales and bias.

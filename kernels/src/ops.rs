@@ -14,7 +14,10 @@ use crate::kv_layer::KvStorage;
 use crate::weight::Storage as WeightStorage;
 use crate::{KvLayer, Weight, reference};
 
-pub use encoder::{RelativeBias, SelfAttnParams, activate, layer_norm, self_attention};
+pub use encoder::{
+    LayerNorm, PoolingMode, RelativeBias, SelfAttnParams, activate, activated_linear, embedding_layer_norm,
+    layer_norm, linear_layer_norm, pool, self_attention,
+};
 #[doc(hidden)]
 pub use sampling::{DeviceRows, Edit, MAX_VOCAB, edits_of, scan_parts};
 pub use sampling::{SampleRow, sample, sample_row};
@@ -123,7 +126,7 @@ pub struct RopeTables {
     /// `[rows, rotary_dim / 2]` f32
     pub sin: Tensor,
     /// Whether the rows are those of positions from 0 on rather than of the tokens of one step: tables that are made once
-    /// and stay on a GPU. Only [`rotate_store`] reads them.
+    /// and stay on a GPU. Only [`rotate_store`] and [`RopeTables::of_tokens`] read them.
     pub by_position: bool,
 }
 
@@ -149,7 +152,10 @@ impl RopeTables {
     }
 
     /// Those of the tokens of a step out of tables of all positions.
-    fn of_tokens(&self, positions: &[u32]) -> Result<Self> {
+    ///
+    /// # Errors
+    /// If a position has no row.
+    pub fn of_tokens(&self, positions: &[u32]) -> Result<Self> {
         let rows = Tensor::new(positions, self.cos.device())?;
         let (cos, sin) = (self.cos.index_select(&rows, 0)?, self.sin.index_select(&rows, 0)?);
         Ok(Self { cos, sin, by_position: false })
@@ -167,10 +173,13 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         return Err(argument("linear", format!("{:?} by a weight of [{rows}, {cols}]", x.dims())));
     }
     #[cfg(feature = "cuda")]
-    if let Some(operand) = weight.on_cuda()
-        && let Some(y) = crate::cuda::linear::linear(x, operand, bias, None)?
-    {
-        return Ok(y);
+    if let Some((y, bias)) = product_on_cuda(x, weight, bias)? {
+        if bias.is_none() {
+            return Ok(y);
+        }
+        if let Some(y) = crate::cuda::encoder::bias_activate(&y, bias, None, true)? {
+            return Ok(y);
+        }
     }
     if let WeightStorage::Dense(_) = weight.storage() {
         return reference::linear(x, weight, bias);
@@ -191,6 +200,20 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     fill(shape, |y| x.read(|x| bias.read(|bias| multiply(x, Some(bias.row(0)), y)))?)
 }
 
+/// The product on a GPU, a new tensor, and the bias where it is still to be added. `None`: not on a GPU. Shapes were checked.
+#[cfg(feature = "cuda")]
+fn product_on_cuda<'b>(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&'b Tensor>,
+) -> Result<Option<(Tensor, Option<&'b Tensor>)>> {
+    let Some(operand) = weight.on_cuda() else { return Ok(None) };
+    if let Some(y) = crate::cuda::linear::linear(x, operand, bias, None)? {
+        return Ok(Some((y, None)));
+    }
+    Ok(Some((reference::linear(x, weight, None)?, bias)))
+}
+
 /// [`linear`] by a gate above what it gates, then [`gated_activation`], in one kernel where there is one; a result is then
 /// rounded once, at the end.
 ///
@@ -208,8 +231,14 @@ pub fn gated_linear(
             && bias.is_none_or(|bias| bias.dims() == [weight.rows()])
             && weight.rows().is_multiple_of(2);
         // Shapes that do not fit are told by the operations that they do not fit.
-        if fits && let Some(y) = crate::cuda::linear::linear(x, operand, bias, Some(activation))? {
-            return Ok(y);
+        if fits {
+            if let Some(y) = crate::cuda::linear::linear(x, operand, bias, Some(activation))? {
+                return Ok(y);
+            }
+            let product = reference::linear(x, weight, None)?;
+            if let Some(y) = crate::cuda::elementwise::gated_activation(&product, bias, activation)? {
+                return Ok(y);
+            }
         }
     }
     gated_activation(&linear(x, weight, bias)?, activation)
@@ -527,7 +556,7 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
     }
     let width = both / 2;
     #[cfg(feature = "cuda")]
-    if let Some(out) = crate::cuda::elementwise::gated_activation(gate_up, activation)? {
+    if let Some(out) = crate::cuda::elementwise::gated_activation(gate_up, None, activation)? {
         return Ok(out);
     }
     if !on_cpu_f32(gate_up) {

@@ -10,7 +10,7 @@ use crate::ops::{Activation, AttnParams, PagedMeta, RopeTables};
 use crate::weight::Storage;
 use crate::{KvLayer, Weight, fp8};
 
-pub use encoder::{activate, layer_norm, self_attention};
+pub use encoder::{activate, layer_norm, pool, self_attention};
 
 fn dense<'a>(op: &'static str, weight: &'a Weight) -> Result<&'a Tensor> {
     match weight.storage() {

@@ -270,6 +270,15 @@ impl Weight {
         }
     }
 
+    /// The rows as numbers of `dtype`, if they lie on a CUDA device as such.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn dense_on_cuda(&self, dtype: DType) -> Option<&Tensor> {
+        match &self.storage {
+            Storage::Dense(matrix) if matrix.device().is_cuda() && matrix.dtype() == dtype => Some(matrix),
+            _ => None,
+        }
+    }
+
     /// On a CUDA device, tiles that `make` lays out in host memory.
     #[cfg(feature = "cuda")]
     fn tiled(make: impl FnOnce() -> Result<crate::tiles::TiledMatrix>, device: &Device) -> Result<Self> {

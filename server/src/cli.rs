@@ -174,7 +174,7 @@ pub struct EncoderArgs {
     /// what one does not use is the other's. A running chat is slowed down by 1 / (1 - share) at most.
     #[arg(long, env = "INGLE_EMBEDDING_SHARE", default_value_t = DEFAULT_EMBEDDING_SHARE, value_parser = share)]
     pub embedding_share: f64,
-    /// Type of the weights in memory; auto: as stored in the checkpoint.
+    /// Type of the weights in memory; auto: as stored in the checkpoint, on CUDA devices bf16 for f32.
     #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
     pub embedding_dtype: FloatType,
     /// Round the weights to fewer bits while they are loaded (not with Metal).
@@ -239,7 +239,7 @@ pub struct EmbedArgs {
     /// Fail at a text that is too long for the model; else it is cut, and told.
     #[arg(long)]
     pub no_truncate: bool,
-    /// Type of the weights in memory; auto: as stored in the checkpoint.
+    /// Type of the weights in memory; auto: as stored in the checkpoint, on CUDA devices bf16 for f32.
     #[arg(long, env = "INGLE_EMBEDDING_DTYPE", default_value = "auto")]
     pub dtype: FloatType,
     /// Round the weights to fewer bits while they are loaded (not with Metal).

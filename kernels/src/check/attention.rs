@@ -23,6 +23,8 @@ pub(super) const HEADS: [(usize, usize, usize); 10] = [
     (4, 2, 256),
     (3, 1, 24),
 ];
+/// As encoders have them.
+const ENCODER_HEADS: [(usize, usize, usize); 3] = [(12, 12, 32), (12, 12, 64), (4, 4, 128)];
 /// Lengths in the cache and of the queries at their end: prompts, a chunk of one, decoding, long contexts.
 pub(super) const STEPS: [&[(usize, usize)]; 5] = [
     &[(1, 1)],
@@ -50,9 +52,11 @@ pub(super) fn check(checker: &mut Checker<'_>) {
             format!("self_attention {}", dtype.as_str()),
             tolerance(dtype),
             |random, device, check| {
-                for (idx, heads) in HEADS.into_iter().enumerate() {
+                for (idx, heads) in HEADS.into_iter().chain(ENCODER_HEADS).enumerate() {
                     for lengths in [&[1][..], &[5, 33, 1], &[130, 64], &[300]] {
-                        check(over_the_step(random, device, heads, lengths, idx, dtype)?)?;
+                        for biased in [false, true] {
+                            check(over_the_step(random, device, heads, (lengths, biased), idx, dtype)?)?;
+                        }
                     }
                 }
                 Ok(())
@@ -167,7 +171,7 @@ fn over_the_step(
     random: &mut Random,
     device: &Device,
     (heads, kv_heads, dim): (usize, usize, usize),
-    lengths: &[usize],
+    (lengths, biased): (&[usize], bool),
     idx: usize,
     dtype: DType,
 ) -> Result<Pair> {
@@ -184,7 +188,7 @@ fn over_the_step(
         _ => SelfAttnParams { left: Some(9), right: Some(9), ..SelfAttnParams::bidirectional(scale) },
     };
     let longest = lengths.iter().copied().max().unwrap_or(1);
-    let bias = (idx.is_multiple_of(2))
+    let bias = biased
         .then(|| RelativeBias::new(heads, longest, |head, distance| (head as f32 - distance as f32) * 1e-2))
         .transpose()?;
     let parts = |all: &Tensor| -> Result<[Tensor; 3]> {
@@ -196,6 +200,6 @@ fn over_the_step(
         found: ops::self_attention(&q, &k, &v, &cu_seqlens, bias.as_ref(), &params)?,
         wanted: reference::self_attention(&here[0], &here[1], &here[2], &cu_seqlens, bias.as_ref(), &params)?,
         scale: None,
-        case: format!("{heads} heads over {kv_heads} of {dim}, {lengths:?}, {params:?}"),
+        case: format!("{heads} heads over {kv_heads} of {dim}, {lengths:?}, biased: {biased}, {params:?}"),
     })
 }

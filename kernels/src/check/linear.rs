@@ -106,9 +106,13 @@ fn products(
     }
     for tokens in [1, 9, 40, 300] {
         if rows.is_multiple_of(2) {
-            let x = random.tensor(&[tokens, cols], dtype)?;
-            let found = ops::gated_linear(&put(&x, dtype, device)?, weight, None, Activation::Silu)?;
+            let (x, bias) = (random.tensor(&[tokens, cols], dtype)?, random.tensor(&[rows], dtype)?);
+            let with_bias = random.below(2) == 0;
+            let on_device = with_bias.then(|| put(&bias, dtype, device)).transpose()?;
+            let x_there = put(&x, dtype, device)?;
+            let found = ops::gated_linear(&x_there, weight, on_device.as_ref(), Activation::Silu)?;
             let product = x.matmul(&matrix.t()?)?;
+            let product = if with_bias { product.broadcast_add(&bias)? } else { product };
             let (gate, up) = (product.narrow(1, 0, rows / 2)?, product.narrow(1, rows / 2, rows / 2)?);
             // Both factors are rounded, so an output may be off by a share of the largest factors, however small it is.
             let scale = Some(largest(&gate)? * largest(&up)?);

@@ -5,6 +5,7 @@
 
 mod attention;
 mod elementwise;
+mod encoder;
 mod linear;
 mod sampling;
 mod step;
@@ -53,6 +54,7 @@ pub fn check_ops(device: &Device, seed: u64, told: &mut dyn FnMut(&Checked)) -> 
     elementwise::check(&mut checker);
     linear::check(&mut checker);
     attention::check(&mut checker);
+    encoder::check(&mut checker);
     step::check(&mut checker);
     sampling::check(&mut checker);
     checker.done

@@ -3,10 +3,11 @@
 use candle_core::{CudaDevice, DType, Tensor};
 
 use super::module::{Argument, File, launch, multiprocessors};
+use super::ragged::Cut;
 use super::step::StepMeta;
 use super::tensor::{address_of, aligned_rows, device_of, narrow, suffix, unwritten};
 use crate::error::Result;
-use crate::ops::{AttnParams, PagedMeta, SelfAttnParams};
+use crate::ops::{AttnParams, PagedMeta, RelativeBias, SelfAttnParams};
 
 /// Shared memory of the largest tiles of prefill: what the smallest device served gives a block.
 pub(super) const MAX_SHARED_BYTES: i32 = 99 << 10;
@@ -33,6 +34,7 @@ pub(super) struct AttentionArgs {
     cu_parts: u64,
     part_out: u64,
     part_stats: u64,
+    bias: u64,
     q_stride: u64,
     k_stride: u64,
     v_stride: u64,
@@ -45,9 +47,11 @@ pub(super) struct AttentionArgs {
     right: i32,
     scale: f32,
     softcap: f32,
+    bias_stride: u32,
+    bias_reach: u32,
 }
 
-/// The instance of a kernel that computes heads of `head_dim`: its width, and its name without that.
+/// The instance of a kernel over a cache that computes heads of `head_dim`: its width, and its name without that.
 fn instance(q: DType, cache: DType, head_dim: usize) -> Option<(usize, String)> {
     let width = [64, 96, 128, 256].into_iter().find(|width| *width >= head_dim)?;
     if !head_dim.is_multiple_of(8) || q == DType::F32 {
@@ -59,6 +63,14 @@ fn instance(q: DType, cache: DType, head_dim: usize) -> Option<(usize, String)> 
         DType::U8 => Some((width, format!("{suffix}_fp8"))),
         _ => None,
     }
+}
+
+/// Of attention without a cache, with a bias or not: the width of its instance, and its name without that.
+fn encoder_instance(dtype: DType, head_dim: usize, biased: bool) -> Option<(usize, String)> {
+    let widths: &[usize] = if biased { &[32, 64, 96, 128] } else { &[32, 64, 96, 128, 256] };
+    let width = widths.iter().copied().find(|width| *width >= head_dim)?;
+    let suffix = suffix(dtype).filter(|_| head_dim.is_multiple_of(8) && dtype != DType::F32)?;
+    Some((width, format!("attention_{}_{suffix}", if biased { "biased" } else { "prefill" })))
 }
 
 fn limit(size: Option<usize>) -> i32 {
@@ -146,12 +158,13 @@ pub(crate) fn paged_attention(
     }
     if num_prefill > 0 && plan.most_queries > 0 {
         arguments.seqs += 4 * plan.num_decode as u64;
+        let name = format!("attention_prefill_{name}");
         prefill(&device, arguments, (&name, width), (plan.most_queries, num_prefill))?;
     }
     Ok(Some(out))
 }
 
-/// Launches the kernel of prefill for `num_seqs` sequences of at most `most_queries` queries.
+/// Launches the instance `name` of prefill for `num_seqs` sequences of at most `most_queries` queries.
 fn prefill(
     device: &CudaDevice,
     arguments: AttentionArgs,
@@ -163,37 +176,31 @@ fn prefill(
     let shared = (PREFILL_ROWS + 4 * keys) * (width + 8) * 2;
     let grid =
         [narrow((most_queries * group).div_ceil(PREFILL_ROWS))?, arguments.kv_heads, narrow(num_seqs)?];
-    let kernel = format!("attention_prefill_{name}_{width}");
+    let kernel = format!("{name}_{width}");
     let size = (grid, 128, narrow(shared)?);
     // SAFETY: the arguments of the kernel, whose shapes the callers have checked.
     unsafe { launch(device, (File::AttentionPrefill, &kernel), size, &[Argument::Attention(arguments)]) }
 }
 
-/// See [`crate::ops::self_attention`], without a bias. `None`: no kernel for the types or the width of heads.
+/// See [`crate::ops::self_attention`]. `None`: no kernel for the types or the width of heads.
 pub(crate) fn self_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
     cu_seqlens: &[u32],
+    bias: Option<&RelativeBias>,
     params: &SelfAttnParams,
 ) -> Result<Option<Tensor>> {
     let (tokens, heads, head_dim) = q.dims3()?;
     let (_, kv_heads, _) = k.dims3()?;
     let Some(device) = device_of(q) else { return Ok(None) };
     let same = k.dtype() == q.dtype() && v.dtype() == q.dtype();
-    let Some((width, name)) = instance(q.dtype(), q.dtype(), head_dim).filter(|_| same) else {
-        return Ok(None);
-    };
+    let instance = encoder_instance(q.dtype(), head_dim, bias.is_some());
+    let Some((width, name)) = instance.filter(|_| same) else { return Ok(None) };
     let out = unwritten(&device, q.dims(), q.dtype())?;
-    let lens: Vec<u32> = cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    let longest = lens.iter().copied().max().unwrap_or(0) as usize;
-    if tokens == 0 || longest == 0 {
+    if tokens == 0 {
         return Ok(Some(out));
     }
-    let num_seqs = lens.len();
-    let numbers: Vec<u32> = cu_seqlens.iter().copied().chain(lens).chain(0..narrow(num_seqs)?).collect();
-    let numbers = Tensor::new(numbers, q.device())?;
-    let at = address_of(&device, &numbers)?;
+    let cut = Cut::of(cu_seqlens, &device)?;
+    let table = bias.map(|bias| bias.uploaded(q.device())).transpose()?;
     let (q, q_stride) = aligned_rows(&device, q)?;
     let (k, k_stride) = aligned_rows(&device, k)?;
     let (v, v_stride) = aligned_rows(&device, v)?;
@@ -202,9 +209,10 @@ pub(crate) fn self_attention(
         k: address_of(&device, &k)?,
         v: address_of(&device, &v)?,
         out: address_of(&device, &out)?,
-        cu_seqlens_q: at,
-        seq_lens: at + 4 * (num_seqs as u64 + 1),
-        seqs: at + 4 * (2 * num_seqs as u64 + 1),
+        cu_seqlens_q: cut.cu_seqlens(),
+        seq_lens: cut.seq_lens(),
+        seqs: cut.seqs(),
+        bias: table.as_ref().map_or(Ok(0), |table| address_of(&device, table))?,
         q_stride,
         k_stride,
         v_stride,
@@ -212,13 +220,15 @@ pub(crate) fn self_attention(
         kv_heads: narrow(kv_heads)?,
         head_dim: narrow(head_dim)?,
         block_size: 1,
-        num_seqs: narrow(num_seqs)?,
+        num_seqs: narrow(cut.num_seqs())?,
         left: limit(params.left.map(|left| left.saturating_add(1))),
         right: limit(params.right),
         scale: params.scale,
         softcap: params.softcap.unwrap_or(0.0),
+        bias_stride: bias.map_or(Ok(0), |bias| narrow(bias.stride()))?,
+        bias_reach: bias.map_or(Ok(0), |bias| narrow(bias.reach()))?,
         ..AttentionArgs::default()
     };
-    prefill(&device, arguments, (&name, width), (longest, num_seqs))?;
+    prefill(&device, arguments, (&name, width), (cut.longest(), cut.num_seqs()))?;
     Ok(Some(out))
 }

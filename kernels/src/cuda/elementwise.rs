@@ -59,8 +59,22 @@ pub(crate) fn rms_norm(
     Ok(Some((sum, out)))
 }
 
-/// See [`crate::ops::gated_activation`]. `None`: no kernel for the type.
-pub(crate) fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Option<Tensor>> {
+/// The number of `activation` in cuda/activation.cuh.
+pub(super) fn number(activation: Activation) -> u32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Gelu => 2,
+        Activation::Relu => 3,
+    }
+}
+
+/// See [`crate::ops::gated_activation`]; `bias`, as wide as `gate_up`, is added before. `None`: no kernel for the type.
+pub(crate) fn gated_activation(
+    gate_up: &Tensor,
+    bias: Option<&Tensor>,
+    activation: Activation,
+) -> Result<Option<Tensor>> {
     let (Some(device), Some(suffix)) = (device_of(gate_up), suffix(gate_up.dtype())) else {
         return Ok(None);
     };
@@ -69,23 +83,20 @@ pub(crate) fn gated_activation(gate_up: &Tensor, activation: Activation) -> Resu
     let out = unwritten(&device, &[tokens, width], gate_up.dtype())?;
     if tokens > 0 && width > 0 {
         let (x, stride) = rows(gate_up)?;
-        let activation = match activation {
-            Activation::Silu => 0,
-            Activation::GeluTanh => 1,
-            Activation::Gelu => 2,
-            Activation::Relu => 3,
-        };
+        let bias =
+            bias.map(|bias| Ok::<_, crate::Error>(bias.to_dtype(x.dtype())?.contiguous()?)).transpose()?;
         let arguments = [
             Argument::Address(address_of(&device, &x)?),
             Argument::Address(stride),
+            Argument::Address(bias.as_ref().map_or(Ok(0), |bias| address_of(&device, bias))?),
             Argument::Address(address_of(&device, &out)?),
             Argument::U32(narrow(width)?),
             Argument::U32(narrow(tokens)?),
-            Argument::U32(activation),
+            Argument::U32(number(activation)),
         ];
         let grid = [narrow(width.div_ceil(8 * 256))?, narrow(tokens)?.min(65_535), 1];
         let name = format!("gated_{suffix}");
-        // SAFETY: the arguments of gated; a row holds gate and up.
+        // SAFETY: the arguments of gated; a row and the bias hold gate and up.
         unsafe { launch(&device, (File::Elementwise, &name), (grid, 256, 0), &arguments)? };
     }
     Ok(Some(out))

@@ -201,11 +201,11 @@ fn product<T: Number>(
     if !ours {
         let Operand::Tiles(tiles) = matrix else { return Ok(None) };
         let y = by_panels::<T>(&x, tiles)?;
-        let y = match &bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
+        return match gate {
+            Some(activation) => super::elementwise::gated_activation(&y, bias.as_ref(), activation),
+            None if bias.is_some() => super::encoder::bias_activate(&y, bias.as_ref(), None, true),
+            None => Ok(Some(y)),
         };
-        return gated(y, gate).map(Some);
     }
     // What the kernel cannot do while it stores is done afterwards.
     let (fused, after) = if can_gate(rows) { (gate, None) } else { (None, gate) };
@@ -231,13 +231,7 @@ fn product<T: Number>(
         cols: cols as u32,
         x_stride: x_at.stride as u32,
         unit,
-        activation: match fused {
-            Some(Activation::Silu) => 0,
-            Some(Activation::GeluTanh) => 1,
-            Some(Activation::Gelu) => 2,
-            Some(Activation::Relu) => 3,
-            None => LinearArgs::NOT_GATED,
-        },
+        activation: fused.map_or(LinearArgs::NOT_GATED, super::elementwise::number),
         flags: if x_at.wide(cols) { LinearArgs::WIDE_X } else { 0 }
             + if weights_wide { LinearArgs::WIDE_WEIGHTS } else { 0 },
         ..LinearArgs::default()

@@ -7,9 +7,11 @@
 
 pub(crate) mod attention;
 pub(crate) mod elementwise;
+pub(crate) mod encoder;
 pub(crate) mod graph;
 pub(crate) mod linear;
 mod module;
+mod ragged;
 pub(crate) mod sampling;
 pub(crate) mod step;
 pub(crate) mod tensor;

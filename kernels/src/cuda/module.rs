@@ -14,6 +14,7 @@ use candle_core::cuda_backend::{DeviceId, WrapErr};
 
 use super::attention::AttentionArgs;
 use super::elementwise::RotateStoreArgs;
+use super::encoder::LayerNormArgs;
 use crate::error::{Result, argument};
 use crate::tiles::LinearArgs;
 
@@ -23,6 +24,7 @@ pub(super) enum File {
     AttentionDecode,
     AttentionPrefill,
     Elementwise,
+    Encoder,
     LinearBf16,
     LinearF16,
     LinearFp8,
@@ -36,6 +38,7 @@ impl File {
             Self::AttentionDecode => include_bytes!(concat!(env!("OUT_DIR"), "/attention_decode.fatbin")),
             Self::AttentionPrefill => include_bytes!(concat!(env!("OUT_DIR"), "/attention_prefill.fatbin")),
             Self::Elementwise => include_bytes!(concat!(env!("OUT_DIR"), "/elementwise.fatbin")),
+            Self::Encoder => include_bytes!(concat!(env!("OUT_DIR"), "/encoder.fatbin")),
             Self::LinearBf16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_bf16.fatbin")),
             Self::LinearF16 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_f16.fatbin")),
             Self::LinearFp8 => include_bytes!(concat!(env!("OUT_DIR"), "/linear_fp8.fatbin")),
@@ -131,6 +134,7 @@ pub(super) unsafe fn launch(
             Argument::F32(x) => builder.arg(x),
             Argument::Attention(x) => builder.arg(x),
             Argument::RotateStore(x) => builder.arg(x),
+            Argument::LayerNorm(x) => builder.arg(x),
             Argument::Linear(x) => builder.arg(x),
         };
     }
@@ -151,6 +155,7 @@ pub(super) enum Argument {
     F32(f32),
     Attention(AttentionArgs),
     RotateStore(RotateStoreArgs),
+    LayerNorm(LayerNormArgs),
     Linear(LinearArgs),
 }
 
@@ -158,6 +163,8 @@ pub(super) enum Argument {
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for RotateStoreArgs {}
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for LayerNormArgs {}
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for LinearArgs {}
 

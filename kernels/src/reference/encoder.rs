@@ -1,9 +1,9 @@
 //! The plain formulas of [`crate::ops::layer_norm`] and its neighbours.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 use crate::error::Result;
-use crate::ops::{Activation, RelativeBias, SelfAttnParams};
+use crate::ops::{Activation, PoolingMode, RelativeBias, SelfAttnParams};
 
 /// See [`crate::ops::layer_norm`].
 pub fn layer_norm(
@@ -86,4 +86,76 @@ pub fn self_attention(
         outputs.push(weights.matmul(&v)?.transpose(0, 1)?.contiguous()?); // [L, H, D]
     }
     Ok(Tensor::cat(&outputs, 0)?.to_dtype(q.dtype())?)
+}
+
+/// See [`crate::ops::pool`]. Sums run over the tokens in order.
+pub fn pool(x: &Tensor, cu_seqlens: &[u32], modes: &[PoolingMode]) -> Result<Vec<f32>> {
+    let width = x.dim(1)?;
+    let hidden: Vec<f32> = x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+    let mut pooled = Vec::with_capacity(cu_seqlens.len().saturating_sub(1) * modes.len() * width);
+    for pair in cu_seqlens.windows(2) {
+        let rows = &hidden[pair[0] as usize * width..pair[1] as usize * width];
+        for mode in modes {
+            pool_rows(rows, width, *mode, &mut pooled);
+        }
+    }
+    Ok(pooled)
+}
+
+fn pool_rows(rows: &[f32], width: usize, mode: PoolingMode, pooled: &mut Vec<f32>) {
+    let len = rows.len() / width.max(1);
+    let start = pooled.len();
+    let weighted = |pooled: &mut Vec<f32>, weight: fn(usize) -> f32, divisor: f32| {
+        pooled.resize(start + width, 0.0);
+        let sums = &mut pooled[start..];
+        for (at, row) in rows.chunks_exact(width.max(1)).enumerate() {
+            let weight = weight(at);
+            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += weight * x);
+        }
+        sums.iter_mut().for_each(|sum| *sum /= divisor);
+    };
+    match mode {
+        PoolingMode::Cls => pooled.extend_from_slice(&rows[..width]),
+        PoolingMode::Last => pooled.extend_from_slice(&rows[rows.len() - width..]),
+        PoolingMode::Max => {
+            pooled.extend_from_slice(&rows[..width]);
+            for row in rows.chunks_exact(width.max(1)).skip(1) {
+                pooled[start..].iter_mut().zip(row).for_each(|(max, x)| *max = max.max(*x));
+            }
+        }
+        PoolingMode::Mean => weighted(pooled, |_| 1.0, len as f32),
+        PoolingMode::MeanSqrtLen => weighted(pooled, |_| 1.0, (len as f32).sqrt()),
+        PoolingMode::WeightedMean => {
+            // 1 + 2 + .. + len, in f32 as the weights are.
+            let sum = (len as f64 * (len as f64 + 1.0) / 2.0) as f32;
+            weighted(pooled, |at| (at + 1) as f32, sum);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_mode_of_pooling_does_what_it_says() {
+        let hidden = [[1.0_f32, -2.0], [3.0, 5.0], [2.0, 0.0], [7.0, 7.0]];
+        let hidden = Tensor::new(&hidden, &Device::Cpu).expect("a tensor");
+        let pooled = |cu_seqlens: &[u32], modes: &[PoolingMode]| {
+            crate::ops::pool(&hidden, cu_seqlens, modes).expect("pooled")
+        };
+        let two = |mode| pooled(&[0, 3, 4], &[mode]);
+        assert_eq!(two(PoolingMode::Cls), [1.0, -2.0, 7.0, 7.0]);
+        assert_eq!(two(PoolingMode::Last), [2.0, 0.0, 7.0, 7.0]);
+        assert_eq!(two(PoolingMode::Max), [3.0, 5.0, 7.0, 7.0]);
+        assert_eq!(two(PoolingMode::Mean), [2.0, 1.0, 7.0, 7.0]);
+        let root = 3.0_f32.sqrt();
+        assert_eq!(two(PoolingMode::MeanSqrtLen), [6.0 / root, 3.0 / root, 7.0, 7.0]);
+        assert_eq!(two(PoolingMode::WeightedMean), [13.0 / 6.0, 8.0 / 6.0, 7.0, 7.0]);
+        let both = pooled(&[0, 4], &[PoolingMode::Cls, PoolingMode::Last]);
+        assert_eq!(both, [1.0, -2.0, 7.0, 7.0]);
+        for wrong in [&[0, 3][..], &[0, 4, 4], &[1, 4], &[]] {
+            assert!(crate::ops::pool(&hidden, wrong, &[PoolingMode::Mean]).is_err(), "{wrong:?}");
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! The encoders' kernels against their twins in `reference`, odd sizes and tails included, and their batch invariance.
 
-use candle_core::Tensor;
-use ingle_kernels::ops::{self, Activation, RelativeBias, SelfAttnParams};
-use ingle_kernels::reference;
+use candle_core::{DType, Tensor};
+use ingle_kernels::ops::{self, Activation, LayerNorm, RelativeBias, SelfAttnParams};
+use ingle_kernels::{Weight, reference};
 use rand_chacha::ChaCha8Rng;
 
 use super::{CPU, bits, error, random, rng, values};
@@ -28,12 +28,56 @@ fn layer_norm_equals_the_formula() {
     }
     let x = random(&mut rng, &[2, 8]);
     let refused = |x: &Tensor, residual: Option<&Tensor>, width: usize| {
-        ops::layer_norm(x, residual, &Tensor::ones(width, candle_core::DType::F32, &CPU).unwrap(), None, 1e-5)
-            .is_err()
+        ops::layer_norm(x, residual, &Tensor::ones(width, DType::F32, &CPU).unwrap(), None, 1e-5).is_err()
     };
     assert!(!refused(&x, Some(&x), 8));
     assert!(refused(&x, None, 7));
     assert!(refused(&x, Some(&random(&mut rng, &[1, 8])), 8));
+}
+
+#[test]
+fn what_follows_a_product_has_the_bits_of_its_parts() {
+    let mut rng = rng(11);
+    let weight = Weight::new(random(&mut rng, &[48, 33]), DType::F32, &CPU).unwrap();
+    let (x, residual) = (random(&mut rng, &[7, 33]), random(&mut rng, &[7, 48]));
+    let (bias, scale, shift) = (random(&mut rng, &[48]), random(&mut rng, &[48]), random(&mut rng, &[48]));
+    let norm = LayerNorm { weight: &scale, bias: Some(&shift), eps: 1e-5 };
+    let product = ops::linear(&x, &weight, Some(&bias)).unwrap();
+    for keep_sum in [true, false] {
+        let (sum, normed) =
+            ops::linear_layer_norm(&x, (&weight, Some(&bias)), &residual, &norm, keep_sum).unwrap();
+        let wanted_sum = ops::add(&residual, &product).unwrap();
+        assert_eq!(sum.as_ref().map(bits), keep_sum.then(|| bits(&wanted_sum)));
+        let wanted = ops::layer_norm(&wanted_sum, None, &scale, Some(&shift), 1e-5).unwrap();
+        assert_eq!(bits(&normed), bits(&wanted));
+    }
+    let found = ops::activated_linear(&x, &weight, Some(&bias), Activation::Gelu).unwrap();
+    assert_eq!(bits(&found), bits(&ops::activate(&product, Activation::Gelu).unwrap()));
+
+    let linear = (&weight, Some(&bias));
+    let narrow = LayerNorm { weight: &x.narrow(0, 0, 1).unwrap().flatten_all().unwrap(), ..norm };
+    assert!(ops::linear_layer_norm(&x, linear, &residual, &narrow, false).is_err());
+    assert!(ops::linear_layer_norm(&x, linear, &x, &norm, false).is_err());
+    assert!(ops::activated_linear(&residual, &weight, None, Activation::Gelu).is_err());
+}
+
+#[test]
+fn rows_of_tables_are_added_up_and_normed() {
+    let mut rng = rng(12);
+    let tables: Vec<Weight> = [9, 2]
+        .into_iter()
+        .map(|rows| Weight::portable(&[random(&mut rng, &[rows, 33])], DType::F32, &CPU).unwrap())
+        .collect();
+    let weight = random(&mut rng, &[33]);
+    let norm = LayerNorm { weight: &weight, bias: None, eps: 1e-5 };
+    let embed = |parts: &[(&[u32], &Weight)]| ops::embedding_layer_norm(parts, &norm, DType::F32);
+    let found = embed(&[(&[8, 0, 3], &tables[0]), (&[1, 0, 1], &tables[1])]).unwrap();
+    let rows = |ids: &[u32], table| ops::embedding(ids, table, DType::F32).unwrap();
+    let sum = ops::add(&rows(&[8, 0, 3], &tables[0]), &rows(&[1, 0, 1], &tables[1])).unwrap();
+    assert_eq!(bits(&found), bits(&ops::layer_norm(&sum, None, &weight, None, 1e-5).unwrap()));
+    assert!(embed(&[]).is_err());
+    assert!(embed(&[(&[9], &tables[0])]).is_err());
+    assert!(embed(&[(&[0, 1], &tables[0]), (&[0], &tables[1])]).is_err());
 }
 
 #[test]

@@ -23,6 +23,7 @@ struct Attention {
     cu_parts: usize,
     part_out: usize,
     part_stats: usize,
+    bias: usize,
     q_stride: usize,
     k_stride: usize,
     v_stride: usize,
@@ -35,6 +36,8 @@ struct Attention {
     right: i32,
     scale: f32,
     softcap: f32,
+    bias_stride: u32,
+    bias_reach: u32,
 }
 
 const SPLIT: usize = 128;
@@ -54,6 +57,8 @@ struct Case {
     seqs: Vec<(usize, usize)>,
     /// Keys are those of the step, without a cache.
     own_step: bool,
+    /// Positions below the first of these, and its numbers by head and distance, with some to spare behind each head's.
+    bias: Option<(usize, Vec<f32>)>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -109,6 +114,7 @@ impl Case {
             softcap: 0.0,
             seqs: seqs.to_vec(),
             own_step: false,
+            bias: None,
             q,
             k,
             v,
@@ -121,8 +127,33 @@ impl Case {
         1.0 / (self.dim as f32).sqrt()
     }
 
+    /// A case without a cache: each sequence brings all its tokens.
+    fn of_the_step(rng: &mut ChaCha8Rng, shape: &Shape, lens: &[usize]) -> Self {
+        let seqs: Vec<_> = lens.iter().map(|len| (*len, *len)).collect();
+        let mut case = Self::new(rng, shape, &seqs);
+        let tokens: usize = lens.iter().sum();
+        let rows = tokens * case.kv_heads * case.dim;
+        case.own_step = true;
+        case.k = random(rng, rows).into_iter().map(|x| case.cache.round(x)).collect();
+        case.v = random(rng, rows).into_iter().map(|x| case.cache.round(x)).collect();
+        case.num_slots = tokens;
+        case
+    }
+
+    /// Numbers of a head in the table of biases.
+    fn bias_stride(reach: usize) -> usize {
+        2 * reach - 1 + 5
+    }
+
+    /// The narrowest instance for these heads.
+    fn width(&self) -> usize {
+        let widths = [32, 64, 96, 128, 256].into_iter();
+        let mut widths = widths.filter(|width| self.own_step || *width > 32);
+        widths.find(|dim| *dim >= self.dim).expect("a width there is")
+    }
+
     fn name(&self, kernel: &str) -> String {
-        let dim = [64, 96, 128, 256].into_iter().find(|dim| *dim >= self.dim).expect("a width there is");
+        let dim = self.width();
         let fp8 = if self.cache == Format::Fp8 { "_fp8" } else { "" };
         format!("{kernel}_{}{fp8}_{dim}", self.format.name())
     }
@@ -156,7 +187,10 @@ impl Case {
                         .map(|pos| {
                             let k = &self.k[row(*pos)..][..self.dim];
                             let dot: f64 = q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                            let s = dot * f64::from(self.scale());
+                            let bias = self.bias.as_ref().map_or(0.0, |(reach, values)| {
+                                values[head * Self::bias_stride(*reach) + position + reach - 1 - pos]
+                            });
+                            let s = dot * f64::from(self.scale()) + f64::from(bias);
                             let cap = f64::from(self.softcap);
                             if cap > 0.0 { cap * (s / cap).tanh() } else { s }
                         })
@@ -203,6 +237,8 @@ impl Case {
         let part_out = Buffer::<f32>::unwritten(num_parts * self.heads * self.dim);
         let part_stats = Buffer::<f32>::unwritten(num_parts * self.heads * 2);
         let out = room(self.format, tokens * self.heads * self.dim);
+        let bias = self.bias.as_ref().map(|(_, values)| Buffer::new(values));
+        let reach = self.bias.as_ref().map_or(0, |(reach, _)| *reach);
         let limit = |size: Option<usize>| size.map_or(i32::MAX / 2, |size| size as i32);
         let p = Attention {
             q: q.address(),
@@ -217,6 +253,7 @@ impl Case {
             cu_parts: cu_parts.address(),
             part_out: part_out.address(),
             part_stats: part_stats.address(),
+            bias: bias.as_ref().map_or(0, Buffer::address),
             q_stride: width,
             k_stride: self.kv_heads * self.dim,
             v_stride: self.kv_heads * self.dim,
@@ -229,6 +266,8 @@ impl Case {
             right: limit(self.right),
             scale: self.scale(),
             softcap: self.softcap,
+            bias_stride: if reach > 0 { Self::bias_stride(reach) as u32 } else { 0 },
+            bias_reach: reach as u32,
         };
         let group = self.heads / self.kv_heads;
         match grid_x {
@@ -242,12 +281,12 @@ impl Case {
             None => {
                 let longest = which.iter().map(|seq| self.seqs[*seq].0).max().unwrap_or(0);
                 let grid = [(longest * group).div_ceil(64) as u32, self.kv_heads as u32, which.len() as u32];
-                let dim =
-                    [64, 96, 128, 256].into_iter().find(|dim| *dim >= self.dim).expect("a width there is");
+                let dim = self.width();
                 let keys = if dim == 256 { 32 } else { 64 };
                 let shared = (64 + 4 * keys) * (dim + 8) * 2;
                 let grid = Grid::new(grid, 128).shared(shared as u32);
-                launch(&self.name("attention_prefill"), grid, seed, args![p]);
+                let kernel = if bias.is_some() { "attention_biased" } else { "attention_prefill" };
+                launch(&self.name(kernel), grid, seed, args![p]);
             }
         }
         part_out.read();
@@ -409,12 +448,59 @@ fn whole_sequences_are_attended_without_a_cache() {
     let mut rng = rng(27);
     for (left, right) in [(None, None), (Some(9), Some(4)), (None, Some(0))] {
         let shape = Shape { formats: FORMATS[0], heads: (2, 2), dim: 64 };
-        let mut case = Case::new(&mut rng, &shape, &[(3, 3), (70, 70), (17, 17)]);
-        (case.own_step, case.window, case.right) = (true, left, right);
-        let rows = 90 * 2 * 64;
-        case.k = random(&mut rng, rows).into_iter().map(|x| case.cache.round(x)).collect();
-        case.v = random(&mut rng, rows).into_iter().map(|x| case.cache.round(x)).collect();
-        case.num_slots = 90;
+        let mut case = Case::of_the_step(&mut rng, &shape, &[3, 70, 17]);
+        (case.window, case.right) = (left, right);
         case.check(None, &SEEDS[..2], &format!("{left:?} to {right:?}"));
+    }
+}
+
+/// Query and key heads, their width: every width there is an instance for, some between, heads in groups.
+const ENCODER_HEADS: [((usize, usize), usize); 6] =
+    [((2, 2), 32), ((3, 3), 64), ((2, 2), 24), ((1, 1), 80), ((1, 1), 128), ((4, 2), 32)];
+
+#[test]
+fn a_bias_by_distance_is_added_to_scores() {
+    if !available() {
+        return;
+    }
+    let mut rng = rng(28);
+    let lens: [&[usize]; 3] = [&[1, 5], &[33, 1, 70], &[129]];
+    for (n, (heads, dim)) in ENCODER_HEADS.into_iter().enumerate() {
+        for format in [Format::Bf16, Format::F16] {
+            let shape = Shape { formats: (format, format), heads, dim };
+            let lens = lens[n % lens.len()];
+            for biased in [true, false] {
+                let mut case = Case::of_the_step(&mut rng, &shape, lens);
+                // Far enough for the longest, or much further.
+                let reach = lens.iter().max().expect("sequences") + [0, 40][n % 2];
+                case.right = None;
+                if n >= 3 {
+                    (case.window, case.right, case.softcap) = (Some(12), Some(30), 6.0);
+                }
+                if biased {
+                    let values = random(&mut rng, heads.0 * Case::bias_stride(reach));
+                    case.bias = Some((reach, values.into_iter().map(|x| x * 3.0).collect()));
+                }
+                let seeds = if n < 2 { &SEEDS[..] } else { &SEEDS[..1] };
+                case.check(None, seeds, &format!("{format:?}, {heads:?} heads of {dim}, biased: {biased}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_biased_sequence_alone_has_the_same_bits() {
+    if !available() {
+        return;
+    }
+    let mut rng = rng(29);
+    let shape = Shape { formats: FORMATS[0], heads: (2, 2), dim: 64 };
+    let mut case = Case::of_the_step(&mut rng, &shape, &[30, 5, 66]);
+    (case.right, case.bias) = (None, Some((100, random(&mut rng, 2 * Case::bias_stride(100)))));
+    let all = case.run(&[0, 1, 2], None, 0);
+    let row = 2 * 64 * 2;
+    for (seq, tokens) in [(0, 0..30), (1, 30..35), (2, 35..101)] {
+        let bytes = tokens.start * row..tokens.end * row;
+        assert_eq!(case.run(&[seq], None, 0)[bytes.clone()], all[bytes], "sequence {seq}");
     }
 }

@@ -10,6 +10,7 @@
 
 mod attention;
 mod elementwise;
+mod encoder;
 mod harness;
 mod linear;
 mod sampling;

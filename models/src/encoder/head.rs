@@ -1,7 +1,7 @@
 //! What follows pooling: dense layers, and the head of a classification model.
 
 use candle_core::{Device, Tensor};
-use ingle_kernels::{Activation, ops};
+use ingle_kernels::{Activation, LayerNorm, ops};
 
 use super::PoolingMode;
 use super::layout::NormSpec;
@@ -48,9 +48,13 @@ pub(crate) struct Norm {
 }
 
 impl Norm {
-    /// Of `x`, plus `residual` if there is one.
-    pub(crate) fn forward(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
-        Ok(ops::layer_norm(x, residual, &self.weight, self.bias.as_ref(), self.eps)?)
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::layer_norm(x, None, &self.weight, self.bias.as_ref(), self.eps)?)
+    }
+
+    /// As operations take it.
+    pub(crate) fn params(&self) -> LayerNorm<'_> {
+        LayerNorm { weight: &self.weight, bias: self.bias.as_ref(), eps: self.eps }
     }
 }
 
@@ -73,7 +77,7 @@ impl DenseLayer {
             DenseActivation::Sigmoid => map(&y, |x| 1.0 / (1.0 + (-x).exp()))?,
         };
         match &self.norm {
-            Some(norm) => norm.forward(&y, None),
+            Some(norm) => norm.forward(&y),
             None => Ok(y),
         }
     }

@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use ingle_kernels::ops;
 
 use super::config::{EncoderConfig, labels};
 use super::decoder_embedder::{self, BodySource, DecoderEmbedder};
@@ -15,7 +16,7 @@ use super::folder::{DenseSpec, Pipeline, Settings, StepSpec, torch_activation};
 use super::head::{DenseActivation, DenseLayer, HeadKind, HeadSpec};
 use super::layout::{self, EncoderSpec};
 use super::model::{self, EncoderModel};
-use super::pooling::{normalize, pool};
+use super::pooling::normalize;
 use super::registry::{Described, describe};
 use super::{
     Encoder, EncoderBatch, EncoderInfo, EncoderOptions, EncoderTask, Pooling, PoolingMode, ScoreActivation,
@@ -188,9 +189,7 @@ impl LoadedEncoder {
             Body::Decoder(model) => model.forward(ids, &cu_seqlens)?,
         };
         let width = hidden.dim(1)?;
-        let hidden = hidden.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-        let hidden: Vec<f32> = hidden.flatten_all()?.to_vec1()?;
-        let mut rows = pool(&hidden, width, &cu_seqlens, &self.pooling);
+        let mut rows = ops::pool(&hidden, &cu_seqlens, &self.pooling)?;
         let mut width = width * self.pooling.len();
         for step in &self.steps {
             match step {
@@ -298,7 +297,12 @@ fn placement(
     max_len: usize,
     options: &EncoderOptions,
 ) -> Result<Placement> {
-    let dtype = options.dtype.or(source.dtype(word)?).unwrap_or(DType::F32);
+    let own = match source.dtype(word)?.unwrap_or(DType::F32) {
+        // The kernels for GPUs multiply 16-bit numbers; bf16 has the range of f32.
+        DType::F32 if options.device.is_cuda() => DType::BF16,
+        own => own,
+    };
+    let dtype = options.dtype.unwrap_or(own);
     Ok(Placement {
         quantization: options.quantization,
         dtype,

@@ -33,6 +33,7 @@ mod registry;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device};
+pub use ingle_kernels::PoolingMode;
 use ingle_kernels::Quantization;
 
 use crate::Progress;
@@ -42,7 +43,7 @@ pub use load::load_encoder;
 /// How to load an encoder.
 #[derive(Debug, Clone)]
 pub struct EncoderOptions {
-    /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own.
+    /// Type that weights are stored in: F32, BF16 or F16; `None`: the checkpoint's own, but BF16 for F32 on a CUDA device.
     pub dtype: Option<DType>,
     /// How matrices are rounded while they are loaded; `None`: not at all.
     pub quantization: Option<Quantization>,
@@ -66,23 +67,6 @@ pub enum EncoderTask {
     Embed,
     /// Logits for each pair of texts (a cross-encoder: sequence classification).
     Rerank,
-}
-
-/// How the vectors of a text's tokens become one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PoolingMode {
-    /// The first token's.
-    Cls,
-    /// The greatest of each feature.
-    Max,
-    /// The mean.
-    Mean,
-    /// The sum divided by the square root of the number of tokens.
-    MeanSqrtLen,
-    /// The mean weighted by position, the first token 1, the second 2, ...
-    WeightedMean,
-    /// The last token's.
-    Last,
 }
 
 /// One or several [`PoolingMode`]s; the vectors of several lie one after another. For [`EncoderTask::Rerank`]: what the

@@ -22,6 +22,8 @@ pub(crate) struct EncoderModel {
     final_norm: Option<Norm>,
     relative_bias: Option<RelativeBias>,
     ropes: Vec<Rope>,
+    /// Of all positions, one for each of `ropes`, in the memory of a GPU; on the CPU a batch makes its own.
+    position_tables: Vec<RopeTables>,
     /// Of the activations.
     dtype: DType,
     device: Device,
@@ -86,8 +88,13 @@ impl EncoderModel {
         }
         let final_norm =
             spec.final_norm.as_ref().map(|spec| norm(spec, config.norm_eps, loader)).transpose()?;
+        let ropes: Vec<Rope> = config.ropes.iter().map(|rope| Rope::new(rope, max_len)).collect();
+        let on_gpu = ropes.iter().filter(|_| !device.is_cpu());
+        let position_tables =
+            on_gpu.map(|rope| rope.tables_by_position(max_len, device)).collect::<Result<_>>()?;
         Ok(Self {
-            ropes: config.ropes.iter().map(|rope| Rope::new(rope, max_len)).collect(),
+            ropes,
+            position_tables,
             word,
             position,
             token_type,
@@ -111,78 +118,115 @@ impl EncoderModel {
         let mut tables = Vec::with_capacity(self.ropes.len());
         if !self.ropes.is_empty() {
             let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
-            for rope in &self.ropes {
+            for table in &self.position_tables {
+                tables.push(table.of_tokens(&positions)?);
+            }
+            for rope in self.ropes.iter().skip(tables.len()) {
                 tables.push(rope.tables(&positions, &self.device)?);
             }
         }
-        let mut hidden = self.embed(input_ids, token_type_ids, cu_seqlens)?; // [T, hidden]
+        let hidden = self.embed(input_ids, token_type_ids, cu_seqlens)?; // [T, hidden]
+        match self.config.norm_placement {
+            NormPlacement::Post => self.layers_post(hidden, &tables, cu_seqlens),
+            NormPlacement::Pre => self.layers_pre(hidden, &tables, cu_seqlens),
+        }
+    }
+
+    /// Layers whose sums are normed after attention and after the MLP.
+    fn layers_post(&self, mut hidden: Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
         for layer in &self.layers {
-            hidden = match self.config.norm_placement {
-                NormPlacement::Post => {
-                    let x = self.attend(layer, &hidden, &tables, cu_seqlens)?;
-                    let hidden = match &layer.attn_norm {
-                        Some(norm) => norm.forward(&x, Some(&hidden))?,
-                        None => ops::add(&x, &hidden)?,
-                    };
-                    let x = self.mlp(layer, &hidden)?;
-                    layer.mlp_norm.forward(&x, Some(&hidden))?
-                }
-                NormPlacement::Pre => {
-                    let x = match &layer.attn_norm {
-                        Some(norm) => norm.forward(&hidden, None)?,
-                        None => hidden.clone(),
-                    };
-                    let x = self.attend(layer, &x, &tables, cu_seqlens)?;
-                    let hidden = ops::add(&hidden, &x)?;
-                    let x = self.mlp(layer, &layer.mlp_norm.forward(&hidden, None)?)?;
-                    ops::add(&hidden, &x)?
-                }
+            let x = self.attend(layer, &hidden, tables, cu_seqlens)?;
+            hidden = match &layer.attn_norm {
+                Some(norm) => add_and_norm(&layer.o, &x, &hidden, norm, false)?.1,
+                None => ops::add(&layer.o.forward(&x)?, &hidden)?,
             };
+            let x = self.mlp(layer, &hidden)?;
+            hidden = add_and_norm(&layer.mlp_out, &x, &hidden, &layer.mlp_norm, false)?.1;
         }
         match &self.final_norm {
-            Some(norm) => norm.forward(&hidden, None),
+            Some(norm) => norm.forward(&hidden),
             None => Ok(hidden),
         }
     }
 
-    fn embed(&self, input_ids: &[u32], token_type_ids: &[u32], cu_seqlens: &[u32]) -> Result<Tensor> {
-        let mut x = ops::embedding(input_ids, &self.word, self.dtype)?;
-        // The order of the sums is transformers'.
-        if let Some(table) = &self.token_type {
-            x = ops::add(&x, &ops::embedding(token_type_ids, table, self.dtype)?)?;
+    /// Layers whose attention and MLP read normed sums. What norms the sum at a layer's end is the next layer's.
+    fn layers_pre(&self, mut hidden: Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
+        let first = self.layers.first().and_then(|layer| layer.attn_norm.as_ref());
+        let mut normed = match first {
+            Some(norm) => norm.forward(&hidden)?,
+            None => hidden.clone(),
+        };
+        for (idx, layer) in self.layers.iter().enumerate() {
+            let x = self.attend(layer, &normed, tables, cu_seqlens)?;
+            (hidden, normed) = add_and_norm(&layer.o, &x, &hidden, &layer.mlp_norm, true)?;
+            let x = self.mlp(layer, &normed)?;
+            let next = match self.layers.get(idx + 1) {
+                Some(next) => next.attn_norm.as_ref(),
+                None => self.final_norm.as_ref(),
+            };
+            (hidden, normed) = match next {
+                Some(norm) => add_and_norm(&layer.mlp_out, &x, &hidden, norm, true)?,
+                None => {
+                    let sum = ops::add(&hidden, &layer.mlp_out.forward(&x)?)?;
+                    (sum.clone(), sum)
+                }
+            };
         }
-        if let (Some(table), Positions::Learned { count, .. }) = (&self.position, self.config.positions) {
-            let rows = position_rows(input_ids, cu_seqlens, count);
-            x = ops::add(&x, &ops::embedding(&rows, table, self.dtype)?)?;
-        }
-        self.embedding_norm.forward(&x, None)
+        Ok(normed)
     }
 
+    fn embed(&self, input_ids: &[u32], token_type_ids: &[u32], cu_seqlens: &[u32]) -> Result<Tensor> {
+        // The order of the sums is transformers'.
+        let mut parts = vec![(input_ids, &self.word)];
+        if let Some(table) = &self.token_type {
+            parts.push((token_type_ids, table));
+        }
+        let rows = match (&self.position, self.config.positions) {
+            (Some(_), Positions::Learned { count, .. }) => position_rows(input_ids, cu_seqlens, count),
+            _ => Vec::new(),
+        };
+        if let Some(table) = self.position.as_ref().filter(|_| !rows.is_empty()) {
+            parts.push((&rows, table));
+        }
+        Ok(ops::embedding_layer_norm(&parts, &self.embedding_norm.params(), self.dtype)?)
+    }
+
+    /// What the layer's last projection of attention reads, `[num_tokens, hidden]`.
     fn attend(&self, layer: &Layer, x: &Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
         let (tokens, _) = x.dims2()?;
         let (heads, dim) = (self.config.num_heads, self.config.head_dim());
         let qkv = layer.qkv.forward(x)?.reshape((tokens, 3 * heads, dim))?;
-        // Views: a token's heads lie side by side in its row.
-        let (mut q, mut k) = (qkv.narrow(1, 0, heads)?, qkv.narrow(1, heads, heads)?); // [T, H, D]
-        let v = qkv.narrow(1, 2 * heads, heads)?;
+        // Views: a token's heads lie side by side in its row. Queries and keys are rotated together.
+        let mut qk = qkv.narrow(1, 0, 2 * heads)?;
         if let Some(rope) = layer.rope {
-            q = ops::rope(&q, &tables[rope])?;
-            k = ops::rope(&k, &tables[rope])?;
+            qk = ops::rope(&qk, &tables[rope])?;
         }
+        let (q, k) = (qk.narrow(1, 0, heads)?, qk.narrow(1, heads, heads)?); // [T, H, D]
+        let v = qkv.narrow(1, 2 * heads, heads)?;
         let bias = self.relative_bias.as_ref();
         let out = ops::self_attention(&q, &k, &v, cu_seqlens, bias, &layer.params)?; // [T, H, D]
-        layer.o.forward(&out.reshape((tokens, heads * dim))?)
+        Ok(out.reshape((tokens, heads * dim))?)
     }
 
+    /// What the MLP's last projection reads, `[num_tokens, intermediate]`.
     fn mlp(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
-        let x = layer.mlp_in.forward(x)?;
-        let x = if self.config.gated {
-            ops::gated_activation(&x, self.config.activation)?
-        } else {
-            ops::activate(&x, self.config.activation)?
-        };
-        layer.mlp_out.forward(&x)
+        let Linear { weight, bias } = &layer.mlp_in;
+        let first = if self.config.gated { ops::gated_linear } else { ops::activated_linear };
+        Ok(first(x, weight, bias.as_ref(), self.config.activation)?)
     }
+}
+
+/// The sum of a projection of `x` and `hidden`, and its norm. Without `keep_sum` the norm stands for both.
+fn add_and_norm(
+    linear: &Linear,
+    x: &Tensor,
+    hidden: &Tensor,
+    norm: &Norm,
+    keep_sum: bool,
+) -> Result<(Tensor, Tensor)> {
+    let linear = (&linear.weight, linear.bias.as_ref());
+    let (sum, normed) = ops::linear_layer_norm(x, linear, hidden, &norm.params(), keep_sum)?;
+    Ok((sum.unwrap_or_else(|| normed.clone()), normed))
 }
 
 /// Row of the table of positions for each token.
