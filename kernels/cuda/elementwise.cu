@@ -1,5 +1,5 @@
 // What a layer does between its matrix products, each in one pass over memory: RMSNorm with the residual addition before
-// it, the gated activation, rows of an embedding, and queries and keys normed, rotated and stored.
+// it, the gated activation, rows of an embedding, ids put in their places, and queries and keys normed, rotated and stored.
 #include "activation.cuh"
 
 namespace {
@@ -217,6 +217,17 @@ template <class T, class KV> __device__ __forceinline__ void rotate_store(const 
 ELEMENTWISE(f32, float)
 ELEMENTWISE(bf16, bf16)
 ELEMENTWISE(f16, f16)
+
+// Ids that an earlier step has chosen, put among those of a step: ids[rows[i]] = chosen[places[i]], or 0 where that is not
+// below `limit`. All rows are different.
+extern "C" __global__ void __launch_bounds__(256) place_ids(unsigned* ids, const unsigned* rows, const unsigned* places,
+                                                            const unsigned* chosen, unsigned count, unsigned limit) {
+    unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    unsigned id = chosen[places[i]];
+    ids[rows[i]] = id < limit ? id : 0;
+}
+LAUNCHABLE(place_ids)
 
 #define ROTATE_STORE(name, T, KV)                                                     \
     extern "C" __global__ void name(const RotateStore p) { rotate_store<T, KV>(p); } \

@@ -39,7 +39,7 @@ pub use error::{Error, Result};
 pub use fp8::Fp8Matrix;
 pub use kv_layer::{KvDtype, KvLayer};
 pub use ops::{
-    Activation, AttnParams, LayerNorm, PagedMeta, PoolingMode, RelativeBias, RopeTables, RotateParams,
-    SampleRow, SelfAttnParams,
+    Activation, AttnParams, ChosenTokens, LateIds, LayerNorm, PagedMeta, PoolingMode, RelativeBias,
+    RopeTables, RotateParams, SampleRow, SelfAttnParams,
 };
 pub use weight::{BlockType, Quantization, QuantizedBlocks, Weight};

@@ -3,6 +3,7 @@
 //! Activations are `[num_tokens, features]`, rows contiguous; a row may be a slice of a wider one (`narrow` along the
 //! last dimension), so that the parts of a stacked projection need no copy.
 
+mod embedding;
 mod encoder;
 mod sampling;
 
@@ -14,13 +15,14 @@ use crate::kv_layer::KvStorage;
 use crate::weight::Storage as WeightStorage;
 use crate::{KvLayer, Weight, reference};
 
+pub use embedding::{LateIds, embedding, embedding_late, upload_ids};
 pub use encoder::{
     LayerNorm, PoolingMode, RelativeBias, SelfAttnParams, activate, activated_linear, embedding_layer_norm,
     layer_norm, linear_layer_norm, pool, self_attention,
 };
+pub use sampling::{ChosenTokens, SampleRow, choose, sample, sample_row};
 #[doc(hidden)]
 pub use sampling::{DeviceRows, Edit, MAX_VOCAB, edits_of, scan_parts};
-pub use sampling::{SampleRow, sample, sample_row};
 
 /// The ragged batch as the attention kernels see it. One entry a sequence unless said otherwise; host memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -242,41 +244,6 @@ pub fn gated_linear(
         }
     }
     gated_activation(&linear(x, weight, bias)?, activation)
-}
-
-/// Rows `ids` of `weight` as `[ids.len(), in]` in `dtype`.
-///
-/// # Errors
-/// If an id is not a row.
-pub fn embedding(ids: &[u32], weight: &Weight, dtype: DType) -> Result<Tensor> {
-    if let Some(id) = ids.iter().find(|id| **id as usize >= weight.rows()) {
-        return Err(argument("embedding", format!("id {id} of {} rows", weight.rows())));
-    }
-    match weight.storage() {
-        #[cfg(feature = "cuda")]
-        WeightStorage::Tiles(tiles) => return tiles.embedding(ids, dtype),
-        WeightStorage::Dense(_table) => {
-            #[cfg(feature = "cuda")]
-            if let Some(rows) = crate::cuda::elementwise::embedding(ids, _table)? {
-                return Ok(rows.to_dtype(dtype)?);
-            }
-            return reference::embedding(ids, weight, dtype);
-        }
-        WeightStorage::Packed(_) | WeightStorage::Quantized(_) => (),
-    }
-    let rows = fill((ids.len(), weight.cols()), |y| {
-        for (id, out) in ids.iter().zip(y.chunks_exact_mut(weight.cols())) {
-            match weight.storage() {
-                WeightStorage::Packed(matrix) => matrix.read_row(*id as usize, out),
-                WeightStorage::Quantized(matrix) => matrix.read_row(*id as usize, out),
-                WeightStorage::Dense(_) => unreachable!("read above"),
-                #[cfg(feature = "cuda")]
-                WeightStorage::Tiles(_) => unreachable!("read above"),
-            }
-        }
-        Ok(())
-    })?;
-    Ok(rows.to_dtype(dtype)?)
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension; computed in f32, returned in the dtype of `x`.

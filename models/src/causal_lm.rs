@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{KvDtype, Quantization};
+use ingle_kernels::{KvDtype, LateIds, Quantization};
 
 use crate::{Batch, KvCache, Result};
 
@@ -17,6 +17,21 @@ pub trait CausalLm: Send {
     /// # Errors
     /// If the batch contradicts itself or a kernel fails; the cache slots of this batch are then undefined.
     fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor>;
+
+    /// As [`CausalLm::forward`], with the ids of some tokens still on the device: what `batch` has in their rows is not read.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    fn forward_late(&self, batch: &Batch, late: &LateIds, cache: &mut KvCache) -> Result<Tensor> {
+        let input_ids = late.resolve(&batch.input_ids, self.info().vocab_size)?;
+        self.forward(&Batch { input_ids, ..batch.clone() }, cache)
+    }
+
+    /// Whether a pass is only begun by a call, so that the next can be prepared meanwhile: the model is on a device of its
+    /// own, looks at nothing there before the end, and takes late ids without a look at them.
+    fn computes_behind(&self) -> bool {
+        false
+    }
 
     /// Where the model computes.
     fn device(&self) -> &Device {

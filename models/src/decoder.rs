@@ -1,17 +1,21 @@
 //! The one decoder: every family is this forward pass under another [`DecoderConfig`].
 
+mod assemble;
+
 use std::cell::OnceCell;
 
 use candle_core::{DType, Device, Tensor};
 use ingle_kernels::{
-    AttnParams, KvDtype, KvLayer, PagedMeta, Quantization, RopeTables, RotateParams, SelfAttnParams, Weight,
-    ops,
+    AttnParams, KvDtype, KvLayer, LateIds, PagedMeta, Quantization, RopeTables, RotateParams, SelfAttnParams,
+    Weight, ops,
 };
 
 use crate::causal_lm::{CausalLm, ModelInfo};
 use crate::config::{DecoderConfig, QkNorm};
 use crate::error::Result;
-use crate::layout::{ExpertsSpec, LayerSpec, MlpSpec, ModelSpec};
+#[cfg(feature = "cuda")]
+use crate::layout::MlpSpec;
+use crate::layout::ModelSpec;
 use crate::linear::Linear;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
@@ -114,8 +118,9 @@ impl Decoder {
     ) -> Result<Self> {
         let embedding = loader.matrix(&spec.embedding)?;
         let layers = spec.layers.iter().enumerate();
-        let layers =
-            layers.map(|(idx, spec)| load_layer(&config, idx, spec, loader)).collect::<Result<_>>()?;
+        let layers = layers
+            .map(|(idx, spec)| assemble::load_layer(&config, idx, spec, loader))
+            .collect::<Result<_>>()?;
         let norm = loader.norm(&spec.norm)?;
         let head = match &spec.head {
             Some(head) => loader.matrix(head)?,
@@ -179,7 +184,7 @@ impl Decoder {
         let hidden = if logit_rows.len() == hidden.dim(0)? {
             hidden.clone()
         } else {
-            hidden.index_select(&Tensor::new(logit_rows, &self.device)?, 0)?
+            hidden.index_select(&ops::upload_ids(logit_rows, &self.device)?, 0)?
         };
         let hidden = ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?;
         let mut logits = ops::linear(&hidden, &self.head, None)?.to_dtype(DType::F32)?; // [R, vocab]
@@ -207,7 +212,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
         let tables = self.step_tables(&positions)?;
-        let hidden = self.embed(input_ids)?;
+        let hidden = self.embed(input_ids, None)?;
         let hidden = self.layers(hidden, &tables, |_| Keys::OwnStep { cu_seqlens, causal })?;
         Ok(ops::rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?)
     }
@@ -230,10 +235,15 @@ impl Decoder {
         self.head.rows()
     }
 
-    pub(crate) fn embed(&self, input_ids: &[u32]) -> Result<Tensor> {
-        let hidden = match &self.rank {
-            Some(rank) => rank.embedding(input_ids, &self.embedding, self.dtype)?,
-            None => ops::embedding(input_ids, &self.embedding, self.dtype)?,
+    fn embed(&self, input_ids: &[u32], late: Option<&LateIds>) -> Result<Tensor> {
+        let hidden = match (&self.rank, late) {
+            (Some(rank), None) => rank.embedding(input_ids, &self.embedding, self.dtype)?,
+            (Some(rank), Some(late)) => {
+                let input_ids = late.resolve(input_ids, self.config.vocab_size)?;
+                rank.embedding(&input_ids, &self.embedding, self.dtype)?
+            }
+            (None, None) => ops::embedding(input_ids, &self.embedding, self.dtype)?,
+            (None, Some(late)) => ops::embedding_late(input_ids, late, &self.embedding, self.dtype)?,
         }; // [T, hidden]
         scaled(hidden, self.embedding_scale)
     }
@@ -315,15 +325,31 @@ enum Keys<'a> {
     OwnStep { cu_seqlens: &'a [u32], causal: bool },
 }
 
-impl CausalLm for Decoder {
-    fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+impl Decoder {
+    fn step(&self, batch: &Batch, late: Option<&LateIds>, cache: &mut KvCache) -> Result<Tensor> {
         batch.check(self.config.layers.len(), cache)?;
-        let hidden = self.embed(&batch.input_ids)?;
+        let hidden = self.embed(&batch.input_ids, late)?;
         #[cfg(feature = "cuda")]
         if let Some(logits) = self.graphs.run(self, &hidden, batch, cache) {
             return Ok(logits);
         }
         self.compute(hidden, &batch.meta, &batch.logit_rows, cache)
+    }
+}
+
+impl CausalLm for Decoder {
+    fn forward(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+        self.step(batch, None, cache)
+    }
+
+    fn forward_late(&self, batch: &Batch, late: &LateIds, cache: &mut KvCache) -> Result<Tensor> {
+        self.step(batch, Some(late), cache)
+    }
+
+    fn computes_behind(&self) -> bool {
+        // Experts are chosen on the host, between kernels.
+        let all_dense = self.layers.iter().all(|layer| matches!(layer.mlp, LayerMlp::Dense(_)));
+        self.device.is_cuda() && self.rank.is_none() && all_dense
     }
 
     fn device(&self) -> &Device {
@@ -443,66 +469,4 @@ fn rounded(x: f64, dtype: DType) -> f64 {
         DType::F16 => half::f16::from_f64(x).to_f64(),
         _ => f64::from(x as f32),
     }
-}
-
-fn load_layer(
-    config: &DecoderConfig,
-    idx: usize,
-    spec: &LayerSpec,
-    loader: &mut Loader<'_>,
-) -> Result<Layer> {
-    let layer = config.layers[idx];
-    Ok(Layer {
-        attn_pre_norm: loader.opt_norm(spec.attn_pre_norm.as_ref())?,
-        attention: Attention {
-            qkv: loader.linear(&spec.qkv)?,
-            q_norm: loader.opt_norm(spec.q_norm.as_ref())?,
-            k_norm: loader.opt_norm(spec.k_norm.as_ref())?,
-            o: loader.linear(&spec.o)?,
-            rope: layer.rope,
-            params: AttnParams {
-                scale: config.attention_scale as f32,
-                sliding_window: layer.sliding_window,
-                softcap: config.attention_softcap.map(|cap| cap as f32),
-            },
-        },
-        attn_post_norm: loader.opt_norm(spec.attn_post_norm.as_ref())?,
-        mlp_pre_norm: loader.opt_norm(spec.mlp_pre_norm.as_ref())?,
-        mlp: load_mlp(config, &spec.mlp, loader)?,
-        mlp_post_norm: loader.opt_norm(spec.mlp_post_norm.as_ref())?,
-    })
-}
-
-fn load_mlp(config: &DecoderConfig, spec: &MlpSpec, loader: &mut Loader<'_>) -> Result<LayerMlp> {
-    let activation = config.activation;
-    let (router, experts) = match (spec, config.moe) {
-        (MlpSpec::Dense { gate_up, down }, _) => {
-            let (gate_up, down) = (loader.linear(gate_up)?, loader.linear(down)?);
-            return Ok(LayerMlp::Dense(Mlp { gate_up, down, activation }));
-        }
-        (MlpSpec::Moe { router, experts }, Some(moe)) => ((router, moe), experts),
-        (MlpSpec::Moe { .. }, None) => unreachable!("a layout has experts only where the config has"),
-    };
-    // Small, and the choice of experts turns on small differences: never quantised.
-    let (router, config) = (loader.exact_linear(router.0)?, router.1);
-    let experts = match experts {
-        ExpertsSpec::Separate(experts) => experts
-            .iter()
-            .map(|(gate_up, down)| {
-                let (gate_up, down) = (loader.linear(gate_up)?, loader.linear(down)?);
-                Ok(Mlp { gate_up, down, activation })
-            })
-            .collect::<Result<_>>()?,
-        ExpertsSpec::Fused { gate_up, down } => {
-            let (gate_up, down) = (loader.tensor(gate_up)?, loader.tensor(down)?); // [experts, rows, cols]
-            (0..config.num_experts)
-                .map(|idx| {
-                    let gate_up = Linear { weight: loader.stack(&[gate_up.get(idx)?])?, bias: None };
-                    let down = Linear { weight: loader.stack(&[down.get(idx)?])?, bias: None };
-                    Ok(Mlp { gate_up, down, activation })
-                })
-                .collect::<Result<_>>()?
-        }
-    };
-    Ok(LayerMlp::Moe(Moe { router, experts, config }))
 }

@@ -41,9 +41,9 @@ pub use gguf::{GgufText, text_files as gguf_text_files};
 pub use ingle_kernels::check::{Checked, check_ops};
 pub use ingle_kernels::gpu;
 pub use ingle_kernels::{
-    BlockType, Isa, KvDtype, PagedMeta, Quantization, QuantizedBlocks, SampleRow, in_parallel,
-    is_deterministic, isa, keep_freed_memory, num_threads, ops::sample, ops::sample_row, pin_threads, probe,
-    set_checkpoint, set_deterministic, set_num_threads,
+    BlockType, ChosenTokens, Isa, KvDtype, LateIds, PagedMeta, Quantization, QuantizedBlocks, SampleRow,
+    in_parallel, is_deterministic, isa, keep_freed_memory, num_threads, ops::choose, ops::sample_row,
+    ops::upload_ids, pin_threads, probe, set_checkpoint, set_deterministic, set_num_threads,
 };
 pub use kv_cache::KvCache;
 pub use load::load_causal_lm;

@@ -6,7 +6,7 @@ use super::{Checker, Pair, Random, largest, put, tolerance};
 use crate::cpu::isa;
 use crate::error::Result;
 use crate::fp8::Fp8Matrix;
-use crate::ops::{self, Activation};
+use crate::ops::{self, Activation, LateIds};
 use crate::weight::{BlockType, Quantization, QuantizedBlocks, Weight};
 
 /// Rows and columns of a matrix; columns of whole blocks, and others.
@@ -123,7 +123,14 @@ fn products(
     let ids: Vec<u32> = (0..5).map(|_| random.below(rows) as u32).chain([rows as u32 - 1]).collect();
     let found = ops::embedding(&ids, weight, dtype)?;
     let wanted = matrix.index_select(&Tensor::new(ids.as_slice(), &Device::Cpu)?, 0)?;
-    check(Pair { found, wanted, scale: None, case: format!("rows of {rows} x {cols}") })
+    check(Pair { found, wanted, scale: None, case: format!("rows of {rows} x {cols}") })?;
+    // As many again, of which some are taken from what is on the device; where nothing was chosen it is row 0.
+    let chosen = [rows as u32 - 1, u32::MAX, random.below(rows) as u32];
+    let late = LateIds { chosen: ops::upload_ids(&chosen, device)?, rows: vec![(4, 0), (0, 2), (3, 1)] };
+    let found = ops::embedding_late(&ids, &late, weight, dtype)?;
+    let ids = [chosen[2], ids[1], ids[2], 0, chosen[0], ids[5]];
+    let wanted = matrix.index_select(&Tensor::new(&ids, &Device::Cpu)?, 0)?;
+    check(Pair { found, wanted, scale: None, case: format!("late rows of {rows} x {cols}") })
 }
 
 /// A format of rounded weights.

@@ -2,11 +2,12 @@
 
 use candle_core::{DType, Tensor};
 
+use super::ids::Ids;
 use super::module::{Argument, File, launch};
 use super::step::StepMeta;
 use super::tensor::{address_of, device_of, narrow, rows, suffix, unwritten};
 use crate::error::Result;
-use crate::ops::{Activation, PagedMeta, RopeTables, RotateParams};
+use crate::ops::{Activation, LateIds, PagedMeta, RopeTables, RotateParams};
 
 /// Threads of a block that norms a row of `width`.
 fn threads(width: usize) -> u32 {
@@ -102,18 +103,19 @@ pub(crate) fn gated_activation(
     Ok(Some(out))
 }
 
-/// Rows `ids` of `table [rows, width]`, all of which are rows. `None`: no kernel for the type.
-pub(crate) fn embedding(ids: &[u32], table: &Tensor) -> Result<Option<Tensor>> {
+/// Rows `ids` of `table [rows, width]`, all of which are rows; those of `late` where it names them. `None`: no kernel for the
+/// type.
+pub(crate) fn embedding(ids: &[u32], late: Option<&LateIds>, table: &Tensor) -> Result<Option<Tensor>> {
     let (Some(device), Some(suffix)) = (device_of(table), suffix(table.dtype())) else { return Ok(None) };
     let (num_rows, width) = table.dims2()?;
     let out = unwritten(&device, &[ids.len(), width], table.dtype())?;
     if !ids.is_empty() && width > 0 {
         let (table, stride) = rows(table)?;
-        let ids = Tensor::new(ids, out.device())?;
+        let ids = Ids::upload(&device, ids, late, num_rows)?;
         let arguments = [
             Argument::Address(address_of(&device, &table)?),
             Argument::Address(stride),
-            Argument::Address(address_of(&device, &ids)?),
+            Argument::Address(ids.address(&device)),
             Argument::Address(address_of(&device, &out)?),
             Argument::U32(narrow(width)?),
             Argument::U32(narrow(num_rows)?),

@@ -12,9 +12,10 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 
+use super::ids::Ids;
 use super::module::{Argument, File, address, address_mut, computes_fp8, launch, multiprocessors};
 use crate::error::{Result, argument};
-use crate::ops::{self, Activation};
+use crate::ops::{self, Activation, LateIds};
 use crate::tiles::{
     LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, TileFormat, TiledMatrix,
     can_gate,
@@ -78,9 +79,9 @@ impl DeviceTiles {
     }
 
     /// Rows `ids` as `[ids.len(), cols]` in `dtype`.
-    pub(crate) fn embedding(&self, ids: &[u32], dtype: DType) -> Result<Tensor> {
-        let ids_on_device = self.device.clone_htod(ids)?;
-        let ids_at = address(&self.device, &ids_on_device);
+    pub(crate) fn embedding(&self, ids: &[u32], late: Option<&LateIds>, dtype: DType) -> Result<Tensor> {
+        let ids_on_device = Ids::upload(&self.device, ids, late, self.rows)?;
+        let ids_at = ids_on_device.address(&self.device);
         match dtype {
             DType::F32 => self.rows_as::<f32>(ids_at, 0, ids.len()),
             DType::F16 => self.rows_as::<f16>(ids_at, 0, ids.len()),
@@ -108,7 +109,7 @@ impl DeviceTiles {
         for start in (0..count).step_by(32768) {
             let rows = (count - start).min(32768);
             let ids = if ids == 0 { 0 } else { ids + 4 * start as u64 };
-            // SAFETY: the matrix as it was uploaded; `out` has room for `count` rows; ids were checked.
+            // SAFETY: the matrix as it was uploaded; `out` has room for `count` rows; ids were checked, late ones where they were put in place.
             unsafe {
                 launch(
                     &self.device,

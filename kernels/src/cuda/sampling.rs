@@ -4,18 +4,19 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Storage, Tensor};
 
 use super::module::{Argument, File, address, address_mut, launch};
+use super::transfer::{self, Download};
 use crate::error::{Result, argument};
 use crate::ops::{DeviceRows, MAX_VOCAB, SampleRow, scan_parts};
 
-/// Whether [`sample`] takes these logits.
+/// Whether [`choose`] takes these logits.
 pub(crate) fn takes(logits: &Tensor) -> bool {
     let vocab = logits.dims().last().copied().unwrap_or(0);
     let dtype = matches!(logits.dtype(), DType::F32 | DType::BF16 | DType::F16);
     logits.device().is_cuda() && dtype && vocab <= MAX_VOCAB
 }
 
-/// See [`crate::ops::sample`].
-pub(crate) fn sample(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Option<u32>>> {
+/// See [`crate::ops::choose`]: the ids on the device, and on their way to the host.
+pub(crate) fn choose(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<(Tensor, Download)> {
     let logits = logits.contiguous()?;
     let (count, vocab) = logits.dims2()?;
     let device = logits.device().as_cuda_device()?;
@@ -28,7 +29,7 @@ pub(crate) fn sample(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Opti
         _ => ("sample_scan_f32", address(device, storage.as_cuda_slice::<f32>()?)),
     };
     let plan = DeviceRows::new(rows, vocab);
-    let words = device.clone_htod(&plan.words)?;
+    let words = transfer::upload(device, &plan.words)?;
     let words_at = address(device, &words);
     let edits_at = words_at + (count * DeviceRows::ROW_WORDS * size_of::<u32>()) as u64;
     let parts = scan_parts(vocab);
@@ -84,6 +85,6 @@ pub(crate) fn sample(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Opti
             ],
         )?;
     }
-    let tokens = device.clone_dtoh(&tokens)?;
-    Ok(tokens.into_iter().map(|token| (token != u32::MAX).then_some(token)).collect())
+    let download = Download::begin(device, &tokens, count)?;
+    Ok((transfer::wrap(tokens, count, device), download))
 }

@@ -5,10 +5,11 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use candle_core::CudaDevice;
+use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
-use candle_core::cuda_backend::{DeviceId, WrapErr};
 
 use super::module::address;
+use super::transfer;
 use crate::error::{Result, argument};
 use crate::ops::PagedMeta;
 
@@ -119,7 +120,8 @@ impl StepMeta {
         }
         refuse_while_recording("a batch of its own")?;
         let (numbers, plan) = flatten(meta);
-        let step = Rc::new(Self { device: device.clone(), numbers: device.clone_htod(&numbers)?, plan });
+        let step =
+            Rc::new(Self { device: device.clone(), numbers: transfer::upload(device, &numbers)?, plan });
         CURRENT.set(Some((device.id(), meta.clone(), step.clone())));
         Ok(step)
     }
@@ -150,8 +152,7 @@ impl StepMeta {
             && plan.num_parts <= self.plan.num_parts
             && numbers.len() <= self.numbers.len();
         if fits {
-            let stream = self.device.cuda_stream();
-            stream.memcpy_htod(&numbers, &mut self.numbers.slice_mut(0..numbers.len())).w()?;
+            transfer::write(&self.device, &numbers, &mut self.numbers.slice_mut(0..numbers.len()))?;
         }
         Ok(fits)
     }

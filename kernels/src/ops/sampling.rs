@@ -83,28 +83,77 @@ impl SampleRow<'_> {
     }
 }
 
+/// Tokens that were chosen, one for each row of logits: on the device at once, and on their way to the host.
+#[derive(Debug)]
+pub struct ChosenTokens {
+    ids: Tensor,
+    #[cfg(feature = "cuda")]
+    download: Option<crate::cuda::transfer::Download>,
+}
+
+/// The id of a row that chose nothing.
+const NONE: u32 = u32::MAX;
+
+impl ChosenTokens {
+    /// The ids on the device of the logits, `[rows]` u32; `u32::MAX` where a row holds NaN or infinity.
+    #[must_use]
+    pub fn ids(&self) -> &Tensor {
+        &self.ids
+    }
+
+    /// The ids, `None` where a row holds NaN or infinity. Waits until they have been chosen, on a CUDA device for nothing
+    /// that was given to it later.
+    ///
+    /// # Errors
+    /// If the device has failed.
+    pub fn wait(&self) -> Result<Vec<Option<u32>>> {
+        #[cfg(feature = "cuda")]
+        if let Some(download) = &self.download {
+            return Ok(download.wait()?.into_iter().map(some).collect());
+        }
+        Ok(self.ids.to_vec1::<u32>()?.into_iter().map(some).collect())
+    }
+}
+
+fn some(id: u32) -> Option<u32> {
+    (id != NONE).then_some(id)
+}
+
 /// Chooses a token for each row of `logits [rows.len(), vocab]`; `None` where the row holds NaN or infinity.
 ///
-/// On a CUDA device only the ids come back; elsewhere the logits are read as f32 and [`sample_row`] chooses. Both give the
+/// As [`choose`] and [`ChosenTokens::wait`].
+///
+/// # Errors
+/// As those.
+pub fn sample(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Option<u32>>> {
+    choose(logits, rows)?.wait()
+}
+
+/// Chooses a token for each row of `logits [rows.len(), vocab]`; on a CUDA device the work is only begun.
+///
+/// There only the ids come back; elsewhere the logits are read as f32 and [`sample_row`] chooses. Both give the
 /// same tokens, but where a random number falls within rounding (some 1e-7) of the border between two; and on CUDA devices a
 /// token of less than 2^-46 of the likeliest one's probability is never drawn.
 ///
 /// # Errors
 /// If the numbers of rows differ, a parameter is out of its range, or the device fails.
-pub fn sample(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Option<u32>>> {
+pub fn choose(logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<ChosenTokens> {
     let (count, vocab) = logits.dims2()?;
     if count != rows.len() || vocab == 0 {
         return Err(argument("sample", format!("{count} rows of {vocab} logits for {}", rows.len())));
     }
     rows.iter().try_for_each(SampleRow::check)?;
-    if rows.is_empty() {
-        return Ok(Vec::new());
-    }
     #[cfg(feature = "cuda")]
-    if crate::cuda::sampling::takes(logits) {
-        return crate::cuda::sampling::sample(logits, rows);
+    if !rows.is_empty() && crate::cuda::sampling::takes(logits) {
+        let (ids, download) = crate::cuda::sampling::choose(logits, rows)?;
+        return Ok(ChosenTokens { ids, download: Some(download) });
     }
     let mut values = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let chosen = values.chunks_exact_mut(vocab).zip(rows).map(|(logits, row)| sample_row(logits, row));
-    Ok(chosen.collect())
+    let ids: Vec<u32> = chosen.map(|id| id.unwrap_or(NONE)).collect();
+    Ok(ChosenTokens {
+        ids: Tensor::new(ids, logits.device())?,
+        #[cfg(feature = "cuda")]
+        download: None,
+    })
 }

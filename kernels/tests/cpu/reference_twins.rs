@@ -1,7 +1,7 @@
 //! Every CPU kernel against its twin in `reference`, odd sizes and tails included, and its batch invariance.
 
 use candle_core::{DType, Tensor};
-use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RopeTables};
+use ingle_kernels::ops::{self, Activation, AttnParams, LateIds, PagedMeta, RopeTables};
 use ingle_kernels::{KvDtype, KvLayer, Weight, isa, reference};
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -73,6 +73,19 @@ fn embedding_reads_rows() {
             matrix.to_dtype(DType::F32).unwrap().index_select(&Tensor::new(&ids, &CPU).unwrap(), 0).unwrap();
         assert_eq!(bits(&found), bits(&wanted));
         assert!(ops::embedding(&[37], &weight, DType::F32).is_err());
+        // 40 is no row, and an id that was never chosen is none either: row 0, whatever it may be good for.
+        let late = |rows: &[(u32, u32)]| LateIds {
+            chosen: ops::upload_ids(&[16, 40, u32::MAX, 2], &CPU).unwrap(),
+            rows: rows.to_vec(),
+        };
+        let some = late(&[(1, 3), (5, 0), (2, 1), (3, 2)]);
+        assert_eq!(some.resolve(&ids, 37).unwrap(), [0, 2, 0, 0, 17, 16]);
+        let found = ops::embedding_late(&ids, &some, &weight, DType::F32).unwrap();
+        let wanted = ops::embedding(&[0, 2, 0, 0, 17, 16], &weight, DType::F32).unwrap();
+        assert_eq!(bits(&found), bits(&wanted));
+        for wrong in [(6, 0), (0, 4)] {
+            assert!(ops::embedding_late(&ids, &late(&[wrong]), &weight, DType::F32).is_err());
+        }
     }
 }
 

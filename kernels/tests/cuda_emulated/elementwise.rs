@@ -208,6 +208,37 @@ fn rows_are_gathered() {
     }
 }
 
+#[test]
+fn chosen_ids_come_into_their_rows() {
+    if !available() {
+        return;
+    }
+    for count in [1_u32, 3, 256, 300] {
+        let limit = 90;
+        // Some are too large, as where a row chose nothing.
+        let chosen: Vec<u32> = (0..count).map(|i| if i % 7 == 3 { u32::MAX } else { i * 31 % 97 }).collect();
+        let rows: Vec<u32> = (0..count).map(|i| 2 * i + 1).collect();
+        let places: Vec<u32> = (0..count).rev().collect();
+        let known: Vec<u32> = (0..2 * count + 1).map(|i| 1000 + i).collect();
+        let mut wanted = known.clone();
+        for (row, place) in rows.iter().zip(&places) {
+            let id = chosen[*place as usize];
+            wanted[*row as usize] = if id < limit { id } else { 0 };
+        }
+        for seed in SEEDS {
+            let ids = Buffer::new(&known);
+            let (rows, places, chosen) = (Buffer::new(&rows), Buffer::new(&places), Buffer::new(&chosen));
+            launch(
+                "place_ids",
+                Grid::new([count.div_ceil(256), 1, 1], 256),
+                seed,
+                args![ids.address(), rows.address(), places.address(), chosen.address(), count, limit],
+            );
+            assert_eq!(ids.read(), wanted, "{count} ids");
+        }
+    }
+}
+
 /// As in cuda/elementwise.cu.
 #[repr(C)]
 struct RotateStore {

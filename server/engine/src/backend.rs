@@ -4,20 +4,54 @@ use crate::plan::StepPlan;
 use crate::request::TokenLogprobs;
 
 /// Computes steps. It keeps keys and values by block and nothing about requests.
+///
+/// A step is [submitted](Backend::submit) and later [collected](Backend::collect), in the same order; in between it is in
+/// flight. A device computes meanwhile, and the next step can be planned, which names the tokens that are not known yet
+/// by their [`Place`](crate::Place).
 pub trait Backend: Send {
-    /// Carries out `plan` and returns one [`SeqOutput`] for each of its sequences, in order.
+    /// Steps that may be in flight at once. Only where this is more than 1 does a plan name tokens by their place.
+    fn max_in_flight(&self) -> usize {
+        1
+    }
+
+    /// Begins `plan`. The steps that its places name are in flight. A place whose step gave no token stands for any token:
+    /// nobody will ask for what comes of it.
     ///
     /// # Errors
-    /// If the step as a whole failed; a single bad row is a [`SampleResult::NonFinite`].
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError>;
+    /// If the step as a whole failed; it is then not in flight, and not to be collected.
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), BackendError>;
+
+    /// Ends `plan`, the oldest step in flight, and returns one [`SeqOutput`] for each of its sequences, in order.
+    ///
+    /// # Errors
+    /// If the step as a whole failed; a single bad row is a [`SampleResult::NonFinite`]. It is no longer in flight either
+    /// way.
+    fn collect(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError>;
+
+    /// Begins and ends `plan` while no other is in flight.
+    ///
+    /// # Errors
+    /// If the step as a whole failed.
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        self.submit(plan)?;
+        self.collect(plan)
+    }
 
     /// Nothing is left to compute for now: called before the engine waits for requests.
     fn idle(&mut self) {}
 }
 
 impl<B: Backend + ?Sized> Backend for Box<B> {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
-        (**self).execute(plan)
+    fn max_in_flight(&self) -> usize {
+        (**self).max_in_flight()
+    }
+
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), BackendError> {
+        (**self).submit(plan)
+    }
+
+    fn collect(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        (**self).collect(plan)
     }
 
     fn idle(&mut self) {

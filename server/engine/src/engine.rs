@@ -1,10 +1,13 @@
-//! The engine's thread: receive, schedule, execute, update, send.
+//! The engine's thread: receive, schedule, submit a step and collect the oldest, update, send.
 //!
-//! It owns scheduler and backend, blocks when there is nothing to compute, and never waits for a client: a stream that
-//! fills up pauses its own request. A panic of the backend ends the requests of that step; a panic of anything else,
-//! or bookkeeping that does not add up afterwards, ends the engine, and all that wait are told.
+//! As many steps are in flight as the backend can have: where that is two, the next one is planned and submitted while a
+//! device computes the one before. The thread owns scheduler and backend, blocks when there is nothing to compute, and never
+//! waits for a client: a stream that fills up pauses its own request. A panic of the backend ends the requests of that step; a
+//! panic of anything else, or bookkeeping that does not add up afterwards, ends the engine, and all that wait are told.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod steps;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,16 +15,13 @@ use std::time::{Duration, Instant};
 
 use rand::RngCore;
 use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
 
-use crate::backend::{Backend, BackendError, StepOutput};
+use crate::backend::{Backend, BackendError};
 use crate::config::{EngineConfig, Limits, Patience};
-use crate::handle::{
-    ClientId, Command, EngineHandle, HIGH_WATER, Inbox, LOW_WATER, ReaderState, Shared, Submission,
-};
+use crate::handle::{ClientId, Command, EngineHandle, Inbox, ReaderState, Shared, Submission};
 use crate::plan::{RequestId, StepPlan};
-use crate::request::{EngineError, FinishReason, TokenEvent};
-use crate::scheduler::{Scheduler, SchedulerEvent};
+use crate::request::{EngineError, TokenEvent};
+use crate::scheduler::Scheduler;
 use crate::stats::EngineStats;
 
 /// With paused readers the thread looks at the clock at least this often.
@@ -69,7 +69,9 @@ impl Engine {
             clients: BTreeMap::new(),
             requests: BTreeMap::new(),
             paused: BTreeSet::new(),
-            last_plan: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            last_plan: None,
+            busy_since: Instant::now(),
             readers_checked: Instant::now(),
             stats: EngineStats::default(),
         };
@@ -99,18 +101,27 @@ struct Thread<B> {
     clients: BTreeMap<RequestId, Client>,
     requests: BTreeMap<ClientId, RequestId>,
     paused: BTreeSet<RequestId>,
-    /// Tokens of each request in the step before.
-    last_plan: BTreeMap<RequestId, u64>,
+    /// Steps planned and not yet complete, oldest first.
+    in_flight: VecDeque<InFlight>,
+    /// The latest step that is complete.
+    last_plan: Option<StepPlan>,
+    /// Until when the time that the backend computed is counted, if a step is in flight.
+    busy_since: Instant,
     readers_checked: Instant,
     stats: EngineStats,
 }
 
-/// An event on its way.
-struct Outgoing {
-    request: RequestId,
-    event: TokenEvent,
-    /// It is the last.
-    ended: bool,
+/// A step that the backend has.
+struct InFlight {
+    plan: StepPlan,
+    /// Why the backend did not take it, if so: it is then complete, but those before it come first.
+    refused: Option<Refused>,
+}
+
+/// A step that failed when it was submitted.
+struct Refused {
+    error: BackendError,
+    panicked: bool,
 }
 
 /// Whether the thread goes on.
@@ -134,11 +145,14 @@ impl<B: Backend> Thread<B> {
     fn run(&mut self) {
         let mut has_work = false;
         while self.receive(has_work) == Flow::Go {
-            let plan = self.scheduler.schedule();
-            has_work = !plan.is_empty();
-            if has_work && self.step(&plan) == Flow::End {
+            let submitted = self.submit();
+            // With room for one more step, that one is planned first.
+            let is_full = self.in_flight.len() >= self.backend.max_in_flight();
+            let completes = !self.in_flight.is_empty() && (is_full || !submitted);
+            if completes && self.complete() == Flow::End {
                 return;
             }
+            has_work = submitted || completes;
             self.publish(has_work);
             if !has_work {
                 self.backend.idle();
@@ -225,7 +239,9 @@ impl<B: Backend> Thread<B> {
     fn abort(&mut self, client: ClientId) {
         let Some(&request) = self.requests.get(&client) else { return };
         self.stats.finished_abort += 1;
-        self.stats.tokens_after_disconnect += self.last_plan.get(&request).copied().unwrap_or(0);
+        let plans = self.in_flight.iter().map(|step| &step.plan).chain(&self.last_plan);
+        let parts = plans.flat_map(|plan| &plan.seqs).filter(|part| part.request == request);
+        self.stats.tokens_after_disconnect += parts.map(|part| part.tokens.count() as u64).sum::<u64>();
         self.scheduler.abort(request);
         self.forget(request);
     }
@@ -245,144 +261,9 @@ impl<B: Backend> Thread<B> {
         self.scheduler.resume(request);
     }
 
-    /// Carries out one step.
-    fn step(&mut self, plan: &StepPlan) -> Flow {
-        let begin = Instant::now();
-        self.last_plan.clear();
-        for part in &plan.seqs {
-            *self.last_plan.entry(part.request).or_default() += part.tokens.len() as u64;
-            if let Some(client) = self.clients.get_mut(&part.request)
-                && client.started.is_none()
-            {
-                client.started = Some(begin);
-                let cached = self.scheduler.cached_tokens(part.request);
-                client.reader.cached_tokens.store(cached, Ordering::Relaxed);
-                let queued =
-                    u64::try_from(begin.duration_since(client.submitted).as_micros()).unwrap_or(u64::MAX);
-                client.reader.queue_micros.store(queued, Ordering::Relaxed);
-                self.stats.prompt_tokens += client.prompt_tokens;
-            }
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.backend.execute(plan)));
-        let panicked = outcome.is_err();
-        let outcome = outcome.unwrap_or_else(|_| Err(BackendError::Step("the backend panicked".into())));
-        self.stats.busy_seconds += begin.elapsed().as_secs_f64();
-        self.stats.steps += 1;
-        self.stats.panics += u64::from(panicked);
-        let is_fatal = self.note_failure(plan, &outcome);
-        let events = self.scheduler.update(plan, outcome);
-        let now = Instant::now();
-        let outbox: Vec<Outgoing> = events.into_iter().filter_map(|event| self.account(event, now)).collect();
-        // Whoever has seen an event finds it counted.
-        self.publish_stats();
-        for outgoing in outbox {
-            self.send(outgoing);
-        }
-        // After a panic nothing is taken for granted.
-        if (panicked || cfg!(debug_assertions))
-            && let Err(wrong) = self.scheduler.check_integrity()
-        {
-            tracing::error!(%wrong, "the engine's bookkeeping is damaged; the engine ends");
-            return Flow::End;
-        }
-        self.pause_full_streams(plan);
-        self.heal_leaks();
-        if is_fatal { Flow::End } else { Flow::Go }
-    }
-
-    /// An idle engine has all its blocks back. If not, that is said, and the cache starts anew.
-    fn heal_leaks(&mut self) {
-        let leaked = self.scheduler.gauges().blocks_used;
-        if leaked > 0 && self.scheduler.is_idle() {
-            tracing::error!(leaked, "idle, but cache blocks are held; the cache starts anew");
-            self.stats.leaked_blocks += leaked as u64;
-            self.scheduler.reset_cache();
-        }
-    }
-
-    fn note_failure(&mut self, plan: &StepPlan, outcome: &Result<StepOutput, BackendError>) -> bool {
-        let Err(error) = outcome else { return false };
-        self.stats.failed_steps += 1;
-        tracing::error!(%error, sequences = plan.seqs.len(), tokens = plan.num_tokens(), "a step failed");
-        matches!(error, BackendError::Fatal(_))
-    }
-
-    /// Counts an event and puts the times into it.
-    fn account(&mut self, event: SchedulerEvent, now: Instant) -> Option<Outgoing> {
-        let SchedulerEvent { request, mut event } = event;
-        let client = self.clients.get_mut(&request)?;
-        let started = client.started.unwrap_or(now);
-        let mut ended = false;
-        match &mut event {
-            TokenEvent::Token { .. } => {
-                client.first_token.get_or_insert(now);
-                self.stats.generation_tokens += 1;
-            }
-            TokenEvent::Finished { reason, usage, .. } => {
-                // An end token is an answer token that is not sent.
-                if matches!(reason, FinishReason::Stop(_)) {
-                    client.first_token.get_or_insert(now);
-                    self.stats.generation_tokens += 1;
-                    self.stats.finished_stop += 1;
-                } else {
-                    self.stats.finished_length += 1;
-                }
-                let first = client.first_token.unwrap_or(now);
-                usage.queue_seconds = started.duration_since(client.submitted).as_secs_f64();
-                usage.prefill_seconds = first.duration_since(started).as_secs_f64();
-                usage.decode_seconds = now.duration_since(first).as_secs_f64();
-                client.choices_left = client.choices_left.saturating_sub(1);
-                ended = client.choices_left == 0;
-            }
-            TokenEvent::Failed(_) => {
-                self.stats.finished_error += 1;
-                ended = true;
-            }
-            TokenEvent::PromptLogprobs(_) => {}
-        }
-        Some(Outgoing { request, event, ended })
-    }
-
-    fn send(&mut self, outgoing: Outgoing) {
-        let Outgoing { request, event, ended } = outgoing;
-        let Some(client) = self.clients.get(&request) else { return };
-        match client.events.try_send(event) {
-            Ok(()) => {}
-            // The reader is gone; its own message will find the request ended.
-            Err(TrySendError::Closed(_)) if !ended => return self.abort_request(request),
-            Err(TrySendError::Closed(_)) => {}
-            Err(TrySendError::Full(_)) => {
-                // Requests are paused long before; a stream that is full all the same is cut, never waited for.
-                tracing::error!("a stream is full though its request was paused");
-                return self.abort_request(request);
-            }
-        }
-        if ended {
-            self.forget(request);
-        }
-    }
-
     fn abort_request(&mut self, request: RequestId) {
         if let Some(client) = self.clients.get(&request) {
             self.abort(client.id);
-        }
-    }
-
-    /// Pauses requests whose readers are behind.
-    fn pause_full_streams(&mut self, plan: &StepPlan) {
-        for part in &plan.seqs {
-            let request = part.request;
-            let Some(client) = self.clients.get_mut(&request) else { continue };
-            if queued(&client.events) < HIGH_WATER || !self.paused.insert(request) {
-                continue;
-            }
-            client.still_since = Some((Instant::now(), client.reader.reads.load(Ordering::Relaxed)));
-            client.reader.paused.store(true, Ordering::SeqCst);
-            self.scheduler.pause(request);
-            // The reader may have caught up before it could see that it is waited for.
-            if queued(&client.events) <= LOW_WATER && client.reader.paused.swap(false, Ordering::SeqCst) {
-                self.resume(request);
-            }
         }
     }
 

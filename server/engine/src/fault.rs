@@ -44,12 +44,20 @@ pub enum Fault {
     ForgetPreempted,
     /// The whole prompt is taken from the cache, the last token included.
     FullPromptHit,
+    /// A token that is not known is looked for in the place of another sequence.
+    WrongPlace,
+    /// A step that needs the values of tokens is planned before they are known.
+    IgnorePenalties,
+    /// Tokens that are not known do not count as tokens of the answer.
+    StaleCount,
+    /// A step that fails ends also a request of which it computed nothing but what follows an end.
+    FailInVain,
 }
 
 #[cfg(feature = "testing")]
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 23] = [
         Self::SkipDeref,
         Self::FreeEarly,
         Self::DropAbort,
@@ -69,6 +77,10 @@ impl Fault {
         Self::OneTokenMore,
         Self::ForgetPreempted,
         Self::FullPromptHit,
+        Self::WrongPlace,
+        Self::IgnorePenalties,
+        Self::StaleCount,
+        Self::FailInVain,
     ];
 }
 

@@ -236,8 +236,9 @@ impl EngineHandle {
         let shared = &self.inner.shared;
         Scheduler::check_fits(&shared.config, &request)?;
         let choices = usize::from(request.get().n);
-        // A step adds at most a token and an end to each choice, besides what belongs to the request.
-        let (sender, receiver) = mpsc::channel(CAPACITY + 2 * choices + 2);
+        // A step adds at most a token and an end to each choice, besides what belongs to the request; another may be in
+        // flight when the request is paused.
+        let (sender, receiver) = mpsc::channel(CAPACITY + 2 * (2 * choices + 2));
         let reader = Arc::new(ReaderState::default());
         let mut inbox = shared.lock();
         inbox.room(&shared.config)?;

@@ -4,7 +4,7 @@
 //! [`EngineHandle`] submits a [`ValidatedRequest`] and gets a [`TokenStream`]; dropping the stream aborts the request.
 //!
 //! - [`Scheduler`]: which sequence computes what, in which cache blocks; a pure state machine.
-//! - [`Backend`]: computes a [`StepPlan`]; [`ModelRunner`] is the real one.
+//! - [`Backend`]: computes a [`StepPlan`]; [`ModelRunner`] is the real one. A step can be planned while it computes another.
 //! - [`Engine`]: the thread between the two and the clients.
 
 mod backend;
@@ -40,7 +40,7 @@ pub use compute::{ComputeArbiter, ComputeClass, ComputeStats, Sharing, Turn};
 pub use config::{EngineConfig, Limits, Patience};
 pub use engine::Engine;
 pub use handle::{EngineHandle, Health, SubmitError, TokenStream};
-pub use plan::{RequestId, SampleSpec, ScheduledSeq, SeqId, StepId, StepPlan};
+pub use plan::{Place, RequestId, SampleSpec, ScheduledSeq, SeqId, StepId, StepPlan, StepTokens};
 pub use request::{
     EngineError, FinishReason, InvalidKind, InvalidRequest, Request, SamplingParams, TokenEvent,
     TokenLogprobs, Usage, ValidatedRequest,

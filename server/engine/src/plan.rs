@@ -39,7 +39,36 @@ impl StepPlan {
     /// Tokens of all sequences.
     #[must_use]
     pub fn num_tokens(&self) -> usize {
-        self.seqs.iter().map(|seq| seq.tokens.len()).sum()
+        self.seqs.iter().map(|seq| seq.tokens.count()).sum()
+    }
+}
+
+/// A token that a step in flight chooses: what it is will be known when that step has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The step.
+    pub step: StepId,
+    /// Which of that step's sequences.
+    pub seq: usize,
+}
+
+/// The tokens that a sequence brings to a step.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum StepTokens {
+    /// Known ones; never empty.
+    Known(Vec<u32>),
+    /// One that is not known yet.
+    Chosen(Place),
+}
+
+impl StepTokens {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Known(tokens) => tokens.len(),
+            Self::Chosen(_) => 1,
+        }
     }
 }
 
@@ -50,11 +79,11 @@ pub struct ScheduledSeq {
     pub seq: SeqId,
     /// The request it belongs to.
     pub request: RequestId,
-    /// Tokens to compute now; never empty.
-    pub tokens: Vec<u32>,
+    /// Tokens to compute now.
+    pub tokens: StepTokens,
     /// Position of the first of them; all before it are in the cache.
     pub start: usize,
-    /// Blocks of the sequence, enough for `start + tokens.len()` tokens.
+    /// Blocks of the sequence, enough for the tokens before `start` and those of this step.
     pub block_table: Vec<BlockId>,
     /// How to choose the token after the last one; `None` if this is not the end of what is known.
     pub sample: Option<SampleSpec>,
@@ -68,7 +97,7 @@ impl ScheduledSeq {
     /// Tokens of the sequence in the cache after this step.
     #[must_use]
     pub fn end(&self) -> usize {
-        self.start + self.tokens.len()
+        self.start + self.tokens.count()
     }
 
     /// Rows of this sequence (0 is the first token of this step) that predict a later prompt token.

@@ -1,21 +1,24 @@
 //! The real backend: a step's plan becomes a flat ragged batch, the model's logits become tokens.
 //!
-//! The only file of the engine that knows candle. Keys and values live in the model's cache; which slot belongs to whom
+//! The only part of the engine that knows candle. Keys and values live in the model's cache; which slot belongs to whom
 //! comes with every plan, so nothing about requests is kept from step to step.
+//!
+//! On a GPU a step is only begun when it is submitted, and the next may be begun before it has ended: the tokens that it
+//! chooses stay on the device, where the next step takes them from, and come here meanwhile (`flight`). A request that
+//! wants log probabilities has its rows looked at here before the next step begins. On the CPU submitting is computing.
 //!
 //! A step for which a GPU has too little memory is tried again in parts (`recovery`); a GPU that is lost is told to the
 //! engine as such, and not touched again.
 
 mod batch;
+mod flight;
 mod memory;
 mod on_device;
 mod recovery;
 
+use std::collections::VecDeque;
 use std::path::Path;
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-
-use candle_core::{CpuStorage, Storage};
 
 use ingle_models::{CausalLm, KvCache, load_causal_lm, made_up_causal_lm};
 
@@ -27,7 +30,8 @@ use crate::config::EngineConfig;
 use crate::plan::{ScheduledSeq, StepPlan};
 use crate::request::TokenLogprobs;
 use crate::sampler::{NonFinite, sample, token_logprobs};
-use batch::batch;
+use batch::{Flat, flat};
+use flight::{Begun, Flight, State};
 use memory::{num_blocks, one_prompt};
 use recovery::StepError;
 
@@ -128,6 +132,10 @@ pub struct ModelRunner {
     timings: LoadTimings,
     /// Tokens are chosen where the logits are.
     chooses_on_device: bool,
+    /// Steps that may be in flight: two where the device computes behind the host's back.
+    max_in_flight: usize,
+    /// Oldest first.
+    in_flight: VecDeque<Flight>,
     /// Why the device can no longer be used.
     lost: Option<String>,
 }
@@ -181,6 +189,8 @@ impl ModelRunner {
             max_num_seqs: options.max_num_seqs,
             timings: LoadTimings { weights: Duration::ZERO, cache: begin.elapsed() },
             chooses_on_device: model.device().is_cuda(),
+            max_in_flight: if model.computes_behind() { 2 } else { 1 },
+            in_flight: VecDeque::new(),
             lost: None,
             model,
         })
@@ -255,13 +265,22 @@ impl ModelRunner {
         Ok(())
     }
 
-    /// Carries out `plan`.
-    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, StepError> {
-        let (batch, counts) = batch(plan).map_err(StepError::plan)?;
-        let logits = self.model.forward(&batch, &mut self.cache)?;
+    /// Has so many steps be in flight at most, as on a GPU; `on_device`: tokens are chosen beside the logits.
+    #[cfg(feature = "testing")]
+    pub fn set_in_flight(&mut self, steps: usize, on_device: bool) {
+        (self.max_in_flight, self.chooses_on_device) = (steps, on_device);
+    }
+
+    /// Gives all of `plan` to the device.
+    fn begin(&mut self, plan: &StepPlan) -> Result<Begun, StepError> {
+        let Flat { mut batch, counts, places } = flat(plan).map_err(StepError::plan)?;
+        let logits = match self.place(&places, &mut batch) {
+            Some(late) => self.model.forward_late(&batch, &late, &mut self.cache)?,
+            None => self.model.forward(&batch, &mut self.cache)?,
+        };
         let num_rows: usize = counts.iter().sum();
         if num_rows == 0 {
-            return Ok(StepOutput { seqs: vec![SeqOutput::default(); plan.seqs.len()] });
+            return Ok(Begun::new(&counts, None, None));
         }
         // [num_rows, width]
         let (rows, width) = logits.dims2()?;
@@ -270,47 +289,59 @@ impl ModelRunner {
             return Err(StepError::plan(BackendError::Step(wrong)));
         }
         let chosen = if self.chooses_on_device {
-            on_device::choose(plan, &counts, &logits, self.vocab_size)?
+            on_device::begin(plan, &counts, &logits, self.vocab_size)?
         } else {
-            vec![None; plan.seqs.len()]
+            None
         };
-        let mut seqs: Vec<_> = chosen
-            .iter()
-            .map(|sampled| SeqOutput { sampled: sampled.clone(), ..SeqOutput::default() })
-            .collect();
-        let Some(rows) = on_device::rest(&logits, &counts, &chosen)? else { return Ok(StepOutput { seqs }) };
-        let rows = rows.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-        let (storage, layout) = rows.storage_and_layout();
-        let Storage::Cpu(CpuStorage::F32(logits)) = &*storage else {
-            return Err(StepError::plan(BackendError::Step("logits are not f32 numbers".to_owned())));
-        };
-        let mut logits = &logits[layout.start_offset()..];
-        let vocab_size = self.vocab_size;
-        // Sequences are alone: each with its own rows, on any thread.
-        let mut work = Vec::with_capacity(seqs.len());
-        for (idx, count) in counts.into_iter().enumerate().filter(|(idx, _)| chosen[*idx].is_none()) {
-            let rows;
-            (rows, logits) = logits.split_at(count * width);
-            work.push((idx, rows, OnceLock::new()));
-        }
-        ingle_models::in_parallel(work.len(), |piece| {
-            let (idx, rows, output) = &work[piece];
-            // Each piece runs once, so the place is empty.
-            let _ = output.set(outputs(&plan.seqs[*idx], rows, width, vocab_size));
-        });
-        for (idx, _, output) in work {
-            seqs[idx] = output.into_inner().unwrap_or_default();
-        }
-        Ok(StepOutput { seqs })
+        let rest = on_device::rest(&logits, &counts, chosen.as_ref())?;
+        Ok(Begun::new(&counts, chosen, rest))
+    }
+
+    /// Carries out `plan`.
+    fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, StepError> {
+        let begun = self.begin(plan)?;
+        begun.finish(&begun.parts(plan), self.vocab_size)
     }
 }
 
 impl Backend for ModelRunner {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+    fn max_in_flight(&self) -> usize {
+        self.max_in_flight
+    }
+
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), BackendError> {
+        self.settle();
         if let Some(why) = &self.lost {
             return Err(BackendError::Fatal(why.clone()));
         }
-        self.step(plan).or_else(|error| self.recover(plan, error))
+        let state = if self.max_in_flight > 1 {
+            self.begin(plan).map(|begun| {
+                let parts = begun.parts(plan).into_iter().cloned().collect();
+                State::Begun { begun, parts }
+            })
+        } else {
+            self.step(plan).map(|output| State::Ended(Ok(output)))
+        };
+        let state = match state {
+            Ok(state) => state,
+            Err(error) => State::Ended(Ok(self.recover(plan, error)?)),
+        };
+        self.in_flight.push_back(Flight { step: plan.step, state });
+        Ok(())
+    }
+
+    fn collect(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        let at = self.in_flight.iter().position(|flight| flight.step == plan.step);
+        match at.and_then(|at| self.in_flight.remove(at)).map(|flight| flight.state) {
+            Some(State::Ended(outcome)) => outcome,
+            Some(State::Begun { begun, .. }) => {
+                if let Some(why) = &self.lost {
+                    return Err(BackendError::Fatal(why.clone()));
+                }
+                begun.finish(&begun.parts(plan), self.vocab_size).map_err(|error| self.fail(error))
+            }
+            None => Err(BackendError::Step(format!("step {} was not submitted", plan.step.0))),
+        }
     }
 }
 

@@ -5,8 +5,11 @@
 //!    sequence up to its pending tokens within the token budget.
 //! 3. [`Scheduler::update`] takes the step's outcome and returns the events it causes.
 //!
-//! Steps may be in flight while others are planned; they complete in order. Blocks of a sequence that ends are held
-//! by a fence until the last step that touches them is complete.
+//! **Steps in flight.** Others may be planned meanwhile; they complete in order. The next token of a sequence is then
+//! named by the step that chooses it ([`StepTokens::Chosen`]); should that turn out to end the answer, what was planned
+//! after it is computed for nothing and thrown away. Blocks of a sequence that ends are held by a fence until the last step
+//! that touches them is complete. Nothing is planned ahead while a decode needs what only a completed step gives: the
+//! values of tokens (penalties), or blocks that others hold.
 //!
 //! **Blocks.** A sequence is admitted only with the blocks of all its known tokens, so only decodes ever need more.
 //! If there is none, first sequences that hold blocks without running (paused readers) lose theirs, then the
@@ -26,7 +29,7 @@ use crate::block_hash::BlockHasher;
 use crate::block_pool::{BlockId, BlockPool, Fences};
 use crate::config::EngineConfig;
 use crate::fault::{Fault, Faults};
-use crate::plan::{RequestId, SampleSpec, ScheduledSeq, SeqId, StepId, StepPlan};
+use crate::plan::{Place, RequestId, SampleSpec, ScheduledSeq, SeqId, StepId, StepPlan, StepTokens};
 use crate::request::{EngineError, FinishReason, TokenEvent, Usage, ValidatedRequest};
 use crate::sequence::{Rank, SeqStatus, Sequence};
 
@@ -232,11 +235,14 @@ impl Scheduler {
         }
     }
 
-    /// Plans the next step. Empty if there is nothing to compute now.
+    /// Plans the next step. Empty if there is nothing to compute now, or if steps in flight must complete first.
     #[must_use]
     pub fn schedule(&mut self) -> StepPlan {
         let step = StepId(self.last_step.0 + 1);
         let mut plan = StepPlan { step, block_size: self.config.block_size, seqs: Vec::new() };
+        if !self.in_flight.is_empty() && !self.can_plan_ahead() {
+            return plan;
+        }
         let mut budget = self.config.max_num_batched_tokens;
         if self.faults.has(Fault::BudgetOverrun) {
             budget += 1;
@@ -303,13 +309,15 @@ impl Scheduler {
     }
 
     fn push_scheduled(&mut self, plan: &mut StepPlan, id: SeqId, count: usize) {
+        let faults = self.faults;
         let Some(seq) = self.seqs.get_mut(&id) else { return };
         let start = seq.num_computed;
         let end = start + count;
         let req = seq.req.get();
         let is_last = end == seq.num_tokens();
         let sample = (is_last && seq.max_output > 0).then(|| {
-            let num_output = seq.output.len();
+            let is_stale = faults.has(Fault::StaleCount);
+            let num_output = if is_stale { seq.output.len() } else { seq.num_output() };
             let mut banned = Vec::new();
             if num_output < req.sampling.min_tokens as usize {
                 banned.extend_from_slice(&req.sampling.stop_token_ids);
@@ -320,10 +328,18 @@ impl Scheduler {
             let output = if req.sampling.has_penalties() { seq.output.clone() } else { Vec::new() };
             SampleSpec { choice: seq.rank.choice, num_output, output, seed: seq.seed, banned }
         });
+        let tokens = match seq.unknown.back() {
+            Some(place) if end > seq.prompt_len() + seq.output.len() => StepTokens::Chosen(*place),
+            _ => StepTokens::Known(seq.tokens(start, end)),
+        };
+        if sample.is_some() {
+            let other = usize::from(faults.has(Fault::WrongPlace));
+            seq.unknown.push_back(Place { step: plan.step, seq: plan.seqs.len() ^ other });
+        }
         plan.seqs.push(ScheduledSeq {
             seq: id,
             request: seq.rank.request,
-            tokens: seq.tokens(start, end),
+            tokens,
             start,
             block_table: seq.block_table.clone(),
             sample,

@@ -5,11 +5,11 @@
 //! tokens read back the same way; if any slot does not hold what it must (wrong, stale, shared or unwritten block) the
 //! row is garbage. So a mistake in the engine's bookkeeping changes the text.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::backend::{Backend, BackendError, SampleResult, SeqOutput, StepOutput};
-use crate::plan::{ScheduledSeq, StepPlan};
+use crate::plan::{Place, ScheduledSeq, StepId, StepPlan, StepTokens};
 use crate::sampler::{sample, token_logprobs};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,10 +46,20 @@ pub struct ScriptedBackend {
     memory: Vec<Option<Slot>>,
     delay: Duration,
     failures: HashMap<u64, StepFailure>,
+    /// Steps fail when they are submitted, not when they are collected.
+    fails_early: bool,
     nan_when: Option<Condition>,
+    max_in_flight: usize,
+    in_flight: VecDeque<StepId>,
+    /// What the latest steps chose, for each of their sequences.
+    chosen: VecDeque<(StepId, Vec<Option<u32>>)>,
+    submitted: u64,
     steps: u64,
     corrupt_rows: u64,
 }
+
+/// Steps whose choices are kept.
+const KEPT: usize = 8;
 
 impl ScriptedBackend {
     /// The next token is a hash of all tokens before it, the request's seed and the choice; ids are below `vocab`.
@@ -82,7 +92,12 @@ impl ScriptedBackend {
             memory: Vec::new(),
             delay: Duration::ZERO,
             failures: HashMap::new(),
+            fails_early: false,
             nan_when: None,
+            max_in_flight: 1,
+            in_flight: VecDeque::new(),
+            chosen: VecDeque::new(),
+            submitted: 0,
             steps: 0,
             corrupt_rows: 0,
         }
@@ -99,6 +114,20 @@ impl ScriptedBackend {
     #[must_use]
     pub fn fail_step(mut self, step: u64, failure: StepFailure) -> Self {
         self.failures.insert(step, failure);
+        self
+    }
+
+    /// Failures come when steps are submitted, not when they are collected.
+    #[must_use]
+    pub fn fail_early(mut self) -> Self {
+        self.fails_early = true;
+        self
+    }
+
+    /// So many steps may be in flight. Each is computed when it is collected, as late as can be.
+    #[must_use]
+    pub fn with_in_flight(mut self, steps: usize) -> Self {
+        self.max_in_flight = steps;
         self
     }
 
@@ -148,7 +177,11 @@ impl ScriptedBackend {
 
     /// Stores the part's tokens. A position without a block is lost, as it is on a device.
     fn write(&mut self, plan: &StepPlan, part: &ScheduledSeq) {
-        for (idx, &token) in part.tokens.iter().enumerate() {
+        let tokens = match &part.tokens {
+            StepTokens::Known(tokens) => tokens.clone(),
+            StepTokens::Chosen(place) => vec![self.token_of(*place)],
+        };
+        for (idx, token) in tokens.into_iter().enumerate() {
             let position = part.start + idx;
             let before = match position.checked_sub(1) {
                 None => Self::START,
@@ -225,8 +258,41 @@ impl ScriptedBackend {
     }
 }
 
+impl ScriptedBackend {
+    /// The token chosen at `place`; any, if none was.
+    fn token_of(&self, place: Place) -> u32 {
+        let step = self.chosen.iter().find(|(step, _)| *step == place.step);
+        step.and_then(|(_, chosen)| *chosen.get(place.seq)?).unwrap_or(0)
+    }
+
+    /// Fails as it was told to.
+    fn fail(&mut self, step: u64) -> Result<(), BackendError> {
+        match self.failures.remove(&step) {
+            Some(StepFailure::Step) => Err(BackendError::Step("scripted failure".into())),
+            Some(StepFailure::Fatal) => Err(BackendError::Fatal("scripted failure".into())),
+            Some(StepFailure::Panic) => panic!("scripted panic"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Backend for ScriptedBackend {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+    fn max_in_flight(&self) -> usize {
+        self.max_in_flight
+    }
+
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), BackendError> {
+        self.submitted += 1;
+        if self.fails_early {
+            self.fail(self.submitted)?;
+        }
+        self.in_flight.push_back(plan.step);
+        assert!(self.in_flight.len() <= self.max_in_flight, "too many steps in flight");
+        Ok(())
+    }
+
+    fn collect(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        assert_eq!(self.in_flight.pop_front(), Some(plan.step), "steps are collected in order");
         self.steps += 1;
         if !self.delay.is_zero() {
             std::thread::sleep(self.delay);
@@ -235,13 +301,19 @@ impl Backend for ScriptedBackend {
         for part in &plan.seqs {
             self.write(plan, part);
         }
-        match self.failures.remove(&self.steps) {
-            Some(StepFailure::Step) => return Err(BackendError::Step("scripted failure".into())),
-            Some(StepFailure::Fatal) => return Err(BackendError::Fatal("scripted failure".into())),
-            Some(StepFailure::Panic) => panic!("scripted panic"),
-            None => {}
+        if !self.fails_early {
+            self.fail(self.steps)?;
         }
-        Ok(StepOutput { seqs: plan.seqs.iter().map(|part| self.run(plan, part)).collect() })
+        let seqs: Vec<_> = plan.seqs.iter().map(|part| self.run(plan, part)).collect();
+        let token = |output: &SeqOutput| match output.sampled {
+            Some(SampleResult::Token { id, .. }) => Some(id),
+            _ => None,
+        };
+        self.chosen.push_back((plan.step, seqs.iter().map(token).collect()));
+        if self.chosen.len() > KEPT {
+            self.chosen.pop_front();
+        }
+        Ok(StepOutput { seqs })
     }
 }
 

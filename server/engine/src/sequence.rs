@@ -1,10 +1,11 @@
 //! One choice of one request while it is in the engine.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::block_hash::{BlockHash, BlockHasher};
 use crate::block_pool::BlockId;
-use crate::plan::{RequestId, SeqId, StepId};
+use crate::plan::{Place, RequestId, SeqId, StepId};
 use crate::request::{TokenLogprobs, ValidatedRequest};
 
 /// Who goes first: lower priority value, then earlier request, then earlier choice.
@@ -29,8 +30,8 @@ pub enum SeqStatus {
 /// A sequence: its tokens and its blocks.
 ///
 /// ```text
-/// tokens:     | prompt ................ | output ...... |
-/// computed:   |== confirmed ==|= in flight =|           |   confirmed <= num_computed <= num_tokens
+/// tokens:     | prompt ................ | output ...... | unknown |
+/// computed:   |== confirmed ==|= in flight =|                     |   confirmed <= num_computed <= num_tokens
 /// ```
 #[derive(Debug)]
 pub(crate) struct Sequence {
@@ -41,6 +42,8 @@ pub(crate) struct Sequence {
     pub(crate) status: SeqStatus,
     /// Answer tokens so far.
     pub(crate) output: Vec<u32>,
+    /// Answer tokens after those, which steps in flight choose.
+    pub(crate) unknown: VecDeque<Place>,
     /// Answer tokens at most: `max_tokens`, or what is left of the context.
     pub(crate) max_output: usize,
     pub(crate) block_table: Vec<BlockId>,
@@ -83,6 +86,7 @@ impl Sequence {
             seed,
             status: SeqStatus::Waiting,
             output: Vec::new(),
+            unknown: VecDeque::new(),
             max_output,
             block_table: Vec::new(),
             num_computed: 0,
@@ -103,13 +107,25 @@ impl Sequence {
         self.req.get().prompt.len()
     }
 
-    pub(crate) fn num_tokens(&self) -> usize {
-        self.prompt_len() + self.output.len()
+    /// Answer tokens chosen or being chosen.
+    pub(crate) fn num_output(&self) -> usize {
+        self.output.len() + self.unknown.len()
     }
 
-    /// Known tokens that no step was given yet.
+    /// Tokens of prompt and answer that steps compute, unknown ones included: not the last the answer may have, after
+    /// which nothing is chosen.
+    pub(crate) fn num_tokens(&self) -> usize {
+        (self.prompt_len() + self.num_output()).min(self.max_cached_tokens())
+    }
+
+    /// Tokens that no step was given yet: known ones, or the last unknown one alone.
     pub(crate) fn num_pending(&self) -> usize {
         self.num_tokens() - self.num_computed
+    }
+
+    /// Whether nothing of it can be planned until all its tokens are known.
+    pub(crate) fn needs_values(&self) -> bool {
+        !self.unknown.is_empty() && self.num_pending() > 0 && self.req.get().sampling.has_penalties()
     }
 
     /// Tokens that the cache must hold at the longest: the last answer token is never computed.
@@ -117,7 +133,7 @@ impl Sequence {
         self.prompt_len() + self.max_output.saturating_sub(1)
     }
 
-    /// Tokens `start..end` of prompt and answer.
+    /// Tokens `start..end` of prompt and answer, all of them known.
     pub(crate) fn tokens(&self, start: usize, end: usize) -> Vec<u32> {
         let prompt = &self.req.get().prompt;
         let cut = prompt.len();
@@ -144,8 +160,9 @@ impl Sequence {
         (self.hashes[idx], parent)
     }
 
-    /// Forgets what the lost blocks held.
+    /// Forgets what the lost blocks held. No step in flight computes it, so all its tokens are known.
     pub(crate) fn reset_computed(&mut self) {
+        debug_assert!(self.unknown.is_empty(), "a step in flight chooses its next token");
         self.num_lost = self.num_lost.max(self.num_confirmed);
         self.num_computed = 0;
         self.num_confirmed = 0;

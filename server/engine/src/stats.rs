@@ -78,7 +78,7 @@ pub struct EngineStats {
     pub stalled_readers: u64,
     /// Blocks found held when nothing was left to hold them: always a bug.
     pub leaked_blocks: u64,
-    /// Seconds the backend computed.
+    /// Seconds that a step was in flight.
     pub busy_seconds: f64,
     /// Seconds since a step completed or the engine had nothing to do; 0 when idle.
     pub seconds_since_progress: f64,

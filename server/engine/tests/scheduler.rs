@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use ingle_engine::{
-    EngineConfig, Fault, Limits, Request, RequestId, SampleResult, SamplingParams, Scheduler, SeqOutput,
-    StepOutput, StepPlan, TokenEvent,
+    EngineConfig, Fault, FinishReason, Limits, Place, Request, RequestId, SampleResult, SamplingParams,
+    Scheduler, SeqOutput, StepId, StepOutput, StepPlan, StepTokens, TokenEvent,
 };
 
 fn config() -> EngineConfig {
@@ -32,22 +32,28 @@ fn add(scheduler: &mut Scheduler, prompt: Vec<u32>, max_tokens: u32, priority: i
 
 /// Request, first position and number of tokens of each part.
 fn shape(plan: &StepPlan) -> Vec<(u64, usize, usize)> {
-    plan.seqs.iter().map(|part| (part.request.0, part.start, part.tokens.len())).collect()
+    plan.seqs.iter().map(|part| (part.request.0, part.start, part.tokens.count())).collect()
 }
 
 /// Plans and completes a step in which every choice is token 1.
 fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize, usize)> {
     let plan = scheduler.schedule();
+    if !plan.is_empty() {
+        complete(scheduler, &plan, 1);
+    }
+    shape(&plan)
+}
+
+/// Completes `plan` with `id` as every choice.
+fn complete(scheduler: &mut Scheduler, plan: &StepPlan, id: u32) -> Vec<TokenEvent> {
     let output = |sampled: bool| SeqOutput {
-        sampled: sampled.then_some(SampleResult::Token { id: 1, logprobs: None }),
+        sampled: sampled.then_some(SampleResult::Token { id, logprobs: None }),
         prompt_logprobs: Vec::new(),
     };
     let seqs = plan.seqs.iter().map(|part| output(part.sample.is_some())).collect();
-    if !plan.is_empty() {
-        scheduler.update(&plan, Ok(StepOutput { seqs }));
-    }
+    let events = scheduler.update(plan, Ok(StepOutput { seqs }));
     scheduler.check_integrity().expect("sound");
-    shape(&plan)
+    events.into_iter().map(|event| event.event).collect()
 }
 
 fn distinct(from: u32, len: u32) -> Vec<u32> {
@@ -128,6 +134,73 @@ fn a_prompt_seen_before_is_taken_from_the_cache_but_for_its_last_token() {
     assert_eq!(step(&mut s), [(2, 4, 8)]);
     let counters = s.counters();
     assert_eq!((counters.prefix_queries, counters.prefix_hits), (36, 12));
+}
+
+#[test]
+fn the_next_step_names_tokens_by_their_place() {
+    const END: u32 = 7;
+    let mut s = Scheduler::new(config(), &[END], [0; 32]);
+    add(&mut s, distinct(10, 7), 10, 0);
+    let first = s.schedule();
+    add(&mut s, distinct(20, 20), 10, 0);
+    let second = s.schedule();
+    // The second prompt takes what is left of the step.
+    assert_eq!(shape(&second), [(0, 7, 1), (1, 0, 15)]);
+    assert_eq!(second.seqs[0].tokens, StepTokens::Chosen(Place { step: StepId(1), seq: 0 }));
+    assert_eq!(second.seqs[0].sample.as_ref().map(|sample| sample.num_output), Some(1));
+    assert_eq!(complete(&mut s, &first, 1).len(), 1);
+    let third = s.schedule();
+    assert_eq!(shape(&third), [(0, 8, 1), (1, 15, 5)]);
+    assert_eq!(third.seqs[0].tokens, StepTokens::Chosen(Place { step: StepId(2), seq: 0 }));
+    // The answer has ended; what was planned after its end is of no use to anybody, but still writes its blocks.
+    let events = complete(&mut s, &second, END);
+    let [TokenEvent::Finished { reason: FinishReason::Stop(END), usage, .. }] = &events[..] else {
+        panic!("{events:?}")
+    };
+    assert_eq!(usage.completion_tokens, 2);
+    assert_eq!(s.gauges().blocks_used, 3 + 5);
+    let fourth = s.schedule();
+    assert_eq!(shape(&fourth), [(1, 20, 1)]);
+    assert_eq!(fourth.seqs[0].tokens, StepTokens::Chosen(Place { step: StepId(3), seq: 1 }));
+    assert_eq!(complete(&mut s, &third, 1).len(), 1, "of the second request alone");
+    assert_eq!(s.gauges().blocks_used, 6);
+    // The block that the answer had filled is known, the one with the end in it is not.
+    add(&mut s, [distinct(10, 7), vec![1, END, 1]].concat(), 1, 0);
+    assert_eq!(shape(&s.schedule()), [(1, 21, 1), (2, 8, 2)]);
+}
+
+#[test]
+fn the_last_token_of_an_answer_has_no_step() {
+    let mut s = scheduler(config());
+    add(&mut s, distinct(10, 3), 2, 0);
+    let (first, second) = (s.schedule(), s.schedule());
+    assert_eq!((shape(&first), shape(&second)), (vec![(0, 0, 3)], vec![(0, 3, 1)]));
+    assert!(s.schedule().is_empty());
+    complete(&mut s, &first, 1);
+    assert!(s.schedule().is_empty());
+    assert_eq!(complete(&mut s, &second, 1).len(), 2);
+    assert!(s.is_idle());
+}
+
+#[test]
+fn nothing_is_planned_ahead_without_blocks() {
+    // Two sequences that grow to four and three blocks, of which there are six.
+    let mut s = scheduler(EngineConfig { num_blocks: 6, enable_prefix_caching: false, ..config() });
+    add(&mut s, distinct(0, 11), 5, 0);
+    add(&mut s, distinct(100, 5), 5, 0);
+    let mut in_flight = s.schedule();
+    assert_eq!(shape(&in_flight), [(0, 0, 11), (1, 0, 5)]);
+    for at in 0..3 {
+        let next = s.schedule();
+        assert_eq!(shape(&next), [(0, 11 + at, 1), (1, 5 + at, 1)]);
+        complete(&mut s, &in_flight, 1);
+        in_flight = next;
+    }
+    // Now the second needs one that only preemption can give, which is not decided while a step is in flight.
+    assert!(s.schedule().is_empty());
+    complete(&mut s, &in_flight, 1);
+    assert_eq!(step(&mut s), [(0, 14, 1)]);
+    assert_eq!((s.counters().preemptions, step(&mut s)), (1, vec![(1, 0, 9)]));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use ingle_engine::{
     Backend, BlockId, Limits, Request, RequestId, SampleResult, SampleSpec, SamplingParams, ScheduledSeq,
-    SeqId, StepId, StepPlan, ValidatedRequest,
+    SeqId, StepId, StepPlan, StepTokens, ValidatedRequest,
 };
 
 use super::case::Case;
@@ -116,7 +116,7 @@ impl<'a> Driver<'a> {
         ScheduledSeq {
             seq: SeqId(seq as u64),
             request: RequestId(seq as u64),
-            tokens: (0..len).map(|idx| self.token(seq, start + idx)).collect(),
+            tokens: StepTokens::Known((0..len).map(|idx| self.token(seq, start + idx)).collect()),
             start,
             block_table: (0..(start + len).div_ceil(self.block_size)).map(block).collect(),
             sample: sampled.then(|| SampleSpec {
@@ -141,8 +141,8 @@ impl<'a> Driver<'a> {
         self.steps += 1;
         work.steps += 1;
         for part in &seqs {
-            let (start, len) = (part.start as f64, part.tokens.len() as f64);
-            work.tokens += part.tokens.len() as u64;
+            let (start, len) = (part.start as f64, part.tokens.count() as f64);
+            work.tokens += part.tokens.count() as u64;
             work.rows += u64::from(part.sample.is_some());
             work.pairs += len * start + len * (len + 1.0) / 2.0;
             work.cached += start;
@@ -186,10 +186,14 @@ mod tests {
     struct Notebook(Vec<Vec<Noted>>);
 
     impl Backend for Notebook {
-        fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        fn submit(&mut self, _: &StepPlan) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        fn collect(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
             let note = |part: &ScheduledSeq| {
                 let blocks = part.block_table.iter().map(|block| block.0).collect();
-                (part.seq.0, part.start, part.tokens.len(), blocks, part.sample.is_some())
+                (part.seq.0, part.start, part.tokens.count(), blocks, part.sample.is_some())
             };
             self.0.push(plan.seqs.iter().map(note).collect());
             let output = |part: &ScheduledSeq| SeqOutput {

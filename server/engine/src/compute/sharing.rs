@@ -21,12 +21,20 @@ impl<B: Backend> Sharing<B> {
 }
 
 impl<B: Backend> Backend for Sharing<B> {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+    fn max_in_flight(&self) -> usize {
+        self.backend.max_in_flight()
+    }
+
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), BackendError> {
         if !std::mem::replace(&mut self.watching, true) {
             self.turn.watch_this_thread();
         }
         self.turn.begin_step();
-        self.backend.execute(plan)
+        self.backend.submit(plan)
+    }
+
+    fn collect(&mut self, plan: &StepPlan) -> Result<StepOutput, BackendError> {
+        self.backend.collect(plan)
     }
 
     fn idle(&mut self) {

@@ -3,12 +3,24 @@
 use ingle_models::Batch;
 
 use crate::backend::BackendError;
-use crate::plan::StepPlan;
+use crate::plan::{Place, StepPlan, StepTokens};
 
-/// The plan as the model wants it, and the number of logit rows of each sequence.
-pub(super) fn batch(plan: &StepPlan) -> Result<(Batch, Vec<usize>), BackendError> {
+/// A plan as the model wants it.
+#[derive(Debug)]
+pub(super) struct Flat {
+    /// With token 0 where a token is not known.
+    pub(super) batch: Batch,
+    /// Rows of logits of each sequence.
+    pub(super) counts: Vec<usize>,
+    /// Rows of `batch.input_ids` whose tokens are not known, and where those are chosen.
+    pub(super) places: Vec<(u32, Place)>,
+}
+
+/// Lays out `plan`.
+pub(super) fn flat(plan: &StepPlan) -> Result<Flat, BackendError> {
     let mut batch = Batch::default();
     let mut counts = Vec::with_capacity(plan.seqs.len());
+    let mut places = Vec::new();
     let meta = &mut batch.meta;
     meta.block_size = plan.block_size;
     meta.cu_seqlens_q.push(0);
@@ -19,7 +31,13 @@ pub(super) fn batch(plan: &StepPlan) -> Result<(Batch, Vec<usize>), BackendError
         let blocks = part.block_table.get(..num_blocks).ok_or_else(|| {
             BackendError::Step(format!("{} tokens in {} blocks", part.end(), part.block_table.len()))
         })?;
-        batch.input_ids.extend_from_slice(&part.tokens);
+        match &part.tokens {
+            StepTokens::Known(tokens) => batch.input_ids.extend_from_slice(tokens),
+            StepTokens::Chosen(place) => {
+                places.push((narrow(first_row)?, *place));
+                batch.input_ids.push(0);
+            }
+        }
         for position in part.start..part.end() {
             let block = blocks[position / plan.block_size];
             meta.positions.push(narrow(position)?);
@@ -30,7 +48,7 @@ pub(super) fn batch(plan: &StepPlan) -> Result<(Batch, Vec<usize>), BackendError
         meta.cu_blocks.push(narrow(meta.block_tables.len())?);
         meta.seq_lens.push(narrow(part.end())?);
         let prompt_rows = part.prompt_rows();
-        let last = part.tokens.len() - 1;
+        let last = part.tokens.count() - 1;
         let rows = prompt_rows
             .clone()
             .chain((part.sample.is_some() && !prompt_rows.contains(&last)).then_some(last));
@@ -40,7 +58,7 @@ pub(super) fn batch(plan: &StepPlan) -> Result<(Batch, Vec<usize>), BackendError
         }
         counts.push(batch.logit_rows.len() - before);
     }
-    Ok((batch, counts))
+    Ok(Flat { batch, counts, places })
 }
 
 fn narrow(number: usize) -> Result<u32, BackendError> {

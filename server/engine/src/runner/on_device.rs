@@ -1,25 +1,50 @@
-//! Tokens chosen where the logits are, so that only ids come back from a GPU.
+//! Tokens chosen where the logits are, so that only ids come back from a GPU; the next step can take them from there.
 //!
 //! A request that wants log probabilities needs its rows here; the rows of all others stay where they are. The random
 //! number of a draw is the same in both places: it depends on the request's seed, choice and position alone.
 
-use candle_core::{Device, Tensor};
-use ingle_models::{SampleRow, sample};
+use candle_core::Tensor;
+use ingle_models::{ChosenTokens, SampleRow, choose, upload_ids};
 
 use super::recovery::StepError;
 use crate::backend::SampleResult;
 use crate::plan::{ScheduledSeq, StepPlan};
 use crate::sampler::uniform;
 
-/// The choices of the sequences of `plan` that need nothing but a token; `None` for the others. `counts`: rows of
-/// `logits` of each sequence.
-pub(super) fn choose(
+/// Tokens of some sequences of a step.
+#[derive(Debug)]
+pub(super) struct Chosen {
+    /// The sequences, ascending.
+    pub(super) seqs: Vec<usize>,
+    /// The token of each.
+    pub(super) tokens: ChosenTokens,
+}
+
+impl Chosen {
+    /// Which of the tokens is that of sequence `seq`.
+    pub(super) fn place_of(&self, seq: usize) -> Option<usize> {
+        self.seqs.binary_search(&seq).ok()
+    }
+
+    /// The choice of each of the sequences, once they have been made.
+    pub(super) fn wait(&self) -> Result<Vec<SampleResult>, StepError> {
+        let tokens = self.tokens.wait()?;
+        let result = |token: Option<u32>| match token {
+            Some(id) => SampleResult::Token { id, logprobs: None },
+            None => SampleResult::NonFinite,
+        };
+        Ok(tokens.into_iter().map(result).collect())
+    }
+}
+
+/// Chooses for the sequences of `plan` that need nothing but a token; `None` if there are none. `counts`: rows of `logits`
+/// of each sequence.
+pub(super) fn begin(
     plan: &StepPlan,
     counts: &[usize],
     logits: &Tensor,
     vocab_size: usize,
-) -> Result<Vec<Option<SampleResult>>, StepError> {
-    let mut chosen = vec![None; plan.seqs.len()];
+) -> Result<Option<Chosen>, StepError> {
     let (mut rows, mut wanted, mut seqs) = (Vec::new(), Vec::new(), Vec::new());
     let mut row = 0;
     for (seq, (part, count)) in plan.seqs.iter().zip(counts).enumerate() {
@@ -33,32 +58,26 @@ pub(super) fn choose(
         row += *count;
     }
     if rows.is_empty() {
-        return Ok(chosen);
+        return Ok(None);
     }
     let logits = pick(logits, &rows, row)?;
     let width = logits.dim(1)?;
     // Columns beyond the tokenizer's are padding.
     let logits = if width > vocab_size { logits.narrow(1, 0, vocab_size)?.contiguous()? } else { logits };
-    let tokens = sample(&logits, &wanted).map_err(ingle_models::Error::from)?;
-    for (seq, token) in seqs.into_iter().zip(tokens) {
-        chosen[seq] = Some(match token {
-            Some(id) => SampleResult::Token { id, logprobs: None },
-            None => SampleResult::NonFinite,
-        });
-    }
-    Ok(chosen)
+    let tokens = choose(&logits, &wanted)?;
+    Ok(Some(Chosen { seqs, tokens }))
 }
 
 /// The rows of sequences that `chosen` has nothing for, in order.
 pub(super) fn rest(
     logits: &Tensor,
     counts: &[usize],
-    chosen: &[Option<SampleResult>],
+    chosen: Option<&Chosen>,
 ) -> Result<Option<Tensor>, StepError> {
     let mut rows = Vec::new();
     let mut row = 0;
-    for (count, chosen) in counts.iter().zip(chosen) {
-        if chosen.is_none() {
+    for (seq, count) in counts.iter().enumerate() {
+        if chosen.and_then(|chosen| chosen.place_of(seq)).is_none() {
             rows.extend(row..row + count);
         }
         row += count;
@@ -94,7 +113,7 @@ fn pick(logits: &Tensor, rows: &[usize], all: usize) -> Result<Tensor, StepError
     if rows.len() == all {
         return Ok(logits.clone());
     }
-    let ids: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
-    let ids = Tensor::new(ids.as_slice(), &Device::Cpu)?.to_device(logits.device())?;
+    let ids: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+    let ids = upload_ids(&ids, logits.device())?;
     Ok(logits.index_select(&ids, 0)?)
 }

@@ -5,6 +5,8 @@
 //!   numbers, and draws are made by counter, not by turn.
 //! - A lost device (an illegal address, a failed launch, a memory error): nothing may be given to it any more.
 //! - Anything else ends the requests of the step.
+//!
+//! Memory is allocated when a step is begun, so that is when it is tried again, whatever else is in flight.
 
 use ingle_models::gpu::{self, Fault};
 
@@ -35,6 +37,14 @@ impl ModelRunner {
             Fault::Lost => Err(self.lose(error.0)),
             Fault::OutOfMemory => self.with_less(plan, &error.0),
             Fault::Other => Err(BackendError::Step(error.0)),
+        }
+    }
+
+    /// What the engine is told of a step that failed at its end, when it can no longer be tried again.
+    pub(super) fn fail(&mut self, error: StepError) -> BackendError {
+        match self.judge(&error) {
+            Fault::Lost => self.lose(error.0),
+            Fault::OutOfMemory | Fault::Other => BackendError::Step(error.0),
         }
     }
 

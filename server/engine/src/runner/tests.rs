@@ -6,7 +6,7 @@ use ingle_models::Batch;
 use super::*;
 use crate::block_pool::BlockId;
 use crate::config::Limits;
-use crate::plan::{RequestId, SampleSpec, SeqId, StepId};
+use crate::plan::{Place, RequestId, SampleSpec, SeqId, StepId, StepTokens};
 use crate::request::{Request, SamplingParams};
 
 /// Predicts `token + 1`; its last two columns are padding with large logits. Token 7 gives NaN.
@@ -84,6 +84,10 @@ fn failing(
     (limited, seen)
 }
 
+fn limits() -> Limits {
+    Limits { vocab_size: 10, max_model_len: 100, max_n: 1, max_logprobs: 5, max_token_list: 5 }
+}
+
 fn part(prompt: &[u32], start: usize, len: usize, blocks: &[u32], scored: bool) -> ScheduledSeq {
     let sampling = SamplingParams { temperature: 0.0, logprobs: Some(1), ..SamplingParams::default() };
     let prompt_logprobs = scored.then_some(1);
@@ -95,12 +99,11 @@ fn part(prompt: &[u32], start: usize, len: usize, blocks: &[u32], scored: bool) 
         prompt_logprobs,
         ..Request::default()
     };
-    let limits = Limits { vocab_size: 10, max_model_len: 100, max_n: 1, max_logprobs: 5, max_token_list: 5 };
     let is_last = start + len == prompt.len();
     ScheduledSeq {
         seq: SeqId(0),
         request: RequestId(0),
-        tokens: prompt[start..start + len].to_vec(),
+        tokens: StepTokens::Known(prompt[start..start + len].to_vec()),
         start,
         block_table: blocks.iter().copied().map(BlockId).collect(),
         sample: is_last.then(|| SampleSpec {
@@ -111,7 +114,7 @@ fn part(prompt: &[u32], start: usize, len: usize, blocks: &[u32], scored: bool) 
             banned: vec![],
         }),
         prompt_logprobs,
-        req: Arc::new(request.validate(&limits).expect("valid")),
+        req: Arc::new(request.validate(&limits()).expect("valid")),
     }
 }
 
@@ -269,9 +272,7 @@ fn tokens_are_the_same_wherever_they_are_chosen() {
         let part = &mut plan.seqs[idx];
         let mut request = part.req.get().clone();
         request.sampling = SamplingParams { temperature, logprobs, top_p: 0.9, ..SamplingParams::default() };
-        let limits =
-            Limits { vocab_size: 10, max_model_len: 100, max_n: 1, max_logprobs: 5, max_token_list: 5 };
-        part.req = Arc::new(request.validate(&limits).expect("valid"));
+        part.req = Arc::new(request.validate(&limits()).expect("valid"));
         part.sample.as_mut().expect("sampled").seed = seed;
     }
     plan.seqs.push(part(&[1, 7], 0, 2, &[6], false));
@@ -292,4 +293,107 @@ fn tokens_are_the_same_wherever_they_are_chosen() {
         assert_eq!(there.seqs[4].sampled, Some(SampleResult::NonFinite));
         assert!(there.seqs[5].sampled.is_none());
     }
+}
+
+/// Four sequences of one token each, what follows those of step `before`.
+fn after(before: u64) -> StepPlan {
+    let mut plan = four();
+    plan.step = StepId(before + 1);
+    plan.seqs[2] = part(&[4], 0, 1, &[2], false);
+    for (seq, part) in plan.seqs.iter_mut().enumerate() {
+        part.tokens = StepTokens::Chosen(Place { step: StepId(before), seq });
+    }
+    plan
+}
+
+/// A runner with two steps in flight.
+fn behind(on_device: bool, fails: fn(&Batch, usize) -> Option<&'static str>) -> (ModelRunner, Seen) {
+    let (runner, seen) = failing(KvBudget::Blocks(20), fails);
+    let mut runner = runner.expect("a runner");
+    (runner.max_in_flight, runner.chooses_on_device) = (2, on_device);
+    (runner, seen)
+}
+
+#[test]
+fn a_step_takes_its_tokens_from_the_one_before() {
+    for on_device in [false, true] {
+        // Rows with log probabilities, and some without: those can stay on the device.
+        for plain in [&[][..], &[1], &[0, 1, 2, 3]] {
+            let plan = |mut plan: StepPlan| {
+                for seq in plain {
+                    let mut request = plan.seqs[*seq].req.get().clone();
+                    request.sampling.logprobs = None;
+                    plan.seqs[*seq].req = Arc::new(request.validate(&limits()).expect("valid"));
+                }
+                plan
+            };
+            let (mut runner, seen) = behind(on_device, |_, _| None);
+            let plans: Vec<StepPlan> = [four(), after(1), after(2)].into_iter().map(plan).collect();
+            runner.submit(&plans[0]).expect("begun");
+            runner.submit(&plans[1]).expect("begun");
+            assert_eq!(ids(&runner.collect(&plans[0]).expect("a step")), [Ok(3), Ok(4), Ok(5), Ok(6)]);
+            runner.submit(&plans[2]).expect("begun");
+            assert_eq!(ids(&runner.collect(&plans[1]).expect("a step")), [Ok(4), Ok(5), Ok(6), Ok(7)]);
+            // After 7 there is NaN.
+            let last = ids(&runner.collect(&plans[2]).expect("a step"));
+            assert_eq!(last, [Ok(5), Ok(6), Ok(7), Err("not finite".to_owned())]);
+            assert_eq!(seen.lock().expect("one thread")[2].input_ids, [4, 5, 6, 7]);
+        }
+    }
+}
+
+#[test]
+fn what_no_step_has_chosen_is_some_token() {
+    for on_device in [false, true] {
+        let (mut runner, seen) = behind(on_device, |_, _| None);
+        let mut bad = four();
+        bad.seqs[1] = part(&[7], 0, 1, &[1], false);
+        runner.submit(&bad).expect("begun");
+        let mut next = after(1);
+        next.seqs[3].tokens = StepTokens::Chosen(Place { step: StepId(99), seq: 3 });
+        runner.submit(&next).expect("begun");
+        let first = ids(&runner.collect(&bad).expect("a step"));
+        assert_eq!(first[1], Err("not finite".to_owned()));
+        assert_eq!(ids(&runner.collect(&next).expect("a step"))[0], Ok(4));
+        assert_eq!(seen.lock().expect("one thread")[1].input_ids, [3, 0, 5, 0]);
+        // Each is collected once.
+        assert!(matches!(runner.collect(&next), Err(BackendError::Step(_))));
+    }
+}
+
+#[test]
+fn too_little_memory_beside_a_step_in_flight_costs_nothing() {
+    for on_device in [false, true] {
+        // The second step does not fit whole.
+        let (mut runner, seen) =
+            behind(on_device, |batch, nth| (nth > 1 && batch.input_ids.len() > 2).then_some(FULL));
+        let (first, second, third) = (four(), after(1), after(2));
+        runner.submit(&first).expect("begun");
+        runner.submit(&second).expect("begun, in halves");
+        assert_eq!(ids(&runner.collect(&first).expect("a step")), [Ok(3), Ok(4), Ok(5), Ok(6)]);
+        runner.submit(&third).expect("begun, in halves");
+        assert_eq!(ids(&runner.collect(&second).expect("a step")), [Ok(4), Ok(5), Ok(6), Ok(7)]);
+        assert_eq!(ids(&runner.collect(&third).expect("a step"))[..3], [Ok(5), Ok(6), Ok(7)]);
+        assert!(seen.lock().expect("one thread").len() > 5);
+    }
+}
+
+#[test]
+fn a_device_that_is_lost_keeps_what_had_ended() {
+    // Here a step's rows are looked at before the next begins.
+    let (mut runner, _) = behind(false, |_, nth| (nth == 2).then_some(LOST));
+    runner.submit(&four()).expect("begun");
+    assert!(matches!(runner.submit(&after(1)), Err(BackendError::Fatal(_))));
+    assert_eq!(ids(&runner.collect(&four()).expect("it had ended")), [Ok(3), Ok(4), Ok(5), Ok(6)]);
+    assert!(matches!(runner.submit(&four()), Err(BackendError::Fatal(_))));
+    // Tokens that were still with the device are not asked for.
+    let (mut runner, _) = behind(true, |_, nth| (nth == 2).then_some(LOST));
+    let mut plain = four();
+    plain.seqs.truncate(1);
+    let mut request = plain.seqs[0].req.get().clone();
+    request.sampling.logprobs = None;
+    plain.seqs[0].req = Arc::new(request.validate(&limits()).expect("valid"));
+    runner.submit(&plain).expect("begun");
+    assert!(matches!(runner.submit(&after(1)), Err(BackendError::Fatal(_))));
+    assert!(matches!(runner.collect(&plain), Err(BackendError::Fatal(_))));
 }

@@ -45,9 +45,13 @@ impl Scheduler {
         self.waiting.range((from, Unbounded)).next().map(|(rank, id)| (*rank, *id))
     }
 
-    /// Whether a waiting choice need not wait for a sibling that computes the prompt they share.
+    /// Whether a waiting choice need wait neither for a sibling that computes the prompt they share, nor for a step in flight
+    /// that chooses its next token (it was paused and resumed meanwhile).
     fn is_ready(&self, id: SeqId) -> bool {
         let seq = &self.seqs[&id];
+        if seq.num_pending() == 0 || seq.needs_values() {
+            return false;
+        }
         let shared = self.shared_len(seq);
         shared == 0
             || !self.siblings(seq).any(|other| {

@@ -32,6 +32,9 @@ impl Scheduler {
             if seq.num_confirmed > seq.num_computed || seq.num_computed > seq.num_tokens() {
                 return Err(format!("sequence {id}: {} of {} computed", seq.num_computed, seq.num_tokens()));
             }
+            if !seq.unknown.is_empty() && (seq.last_step.is_none() || seq.num_pending() > 1) {
+                return Err(format!("sequence {id}: {} tokens come from no step", seq.unknown.len()));
+            }
             if seq.block_table.len() * self.config.block_size < seq.num_computed {
                 return Err(format!(
                     "sequence {id}: {} tokens in {} blocks",
@@ -61,7 +64,7 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Whether nothing is queued, running or paused.
+    /// Whether nothing is queued, running or paused. Steps may be in flight all the same, whose outcome nobody awaits.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.groups.is_empty()
@@ -133,8 +136,12 @@ mod snapshot {
         pub status: SeqStatus,
         /// Its blocks.
         pub block_table: Vec<BlockId>,
-        /// Prompt and answer tokens known.
+        /// Prompt and answer tokens that steps compute, those that steps in flight choose included.
         pub num_tokens: usize,
+        /// Answer tokens that steps in flight choose.
+        pub num_unknown: usize,
+        /// Nothing of it can be planned until those are known.
+        pub needs_values: bool,
         /// Tokens given to steps.
         pub num_computed: usize,
         /// Tokens of completed steps.
@@ -167,6 +174,8 @@ mod snapshot {
                         status: seq.status,
                         block_table: seq.block_table.clone(),
                         num_tokens: seq.num_tokens(),
+                        num_unknown: seq.unknown.len(),
+                        needs_values: seq.needs_values(),
                         num_computed: seq.num_computed,
                         num_confirmed: seq.num_confirmed,
                         last_step: seq.last_step,

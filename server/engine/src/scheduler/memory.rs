@@ -3,6 +3,24 @@
 use super::{BlockId, Fault, MAX_PREEMPTIONS, Rank, Scheduler, SeqId, SeqStatus, Sequence, StepPlan};
 
 impl Scheduler {
+    /// Whether a step can be planned while others are in flight: every decode knows what it must, and all of them find
+    /// blocks. What is taken from others is freed at once only if no step in flight uses it, and whom to take it from is
+    /// decided better when all can be asked.
+    pub(super) fn can_plan_ahead(&self) -> bool {
+        let mut needed = 0;
+        for id in self.running.values() {
+            let seq = &self.seqs[id];
+            if seq.needs_values() && !self.faults.has(Fault::IgnorePenalties) {
+                return false;
+            }
+            if seq.num_pending() == 1 {
+                let missing = self.blocks_for(seq.num_tokens()).saturating_sub(seq.block_table.len());
+                needed += missing.saturating_sub(seq.reserved);
+            }
+        }
+        needed <= self.num_available()
+    }
+
     /// Makes room for all known tokens of a running sequence, by preemption if there must be. `false`: not now.
     pub(super) fn grow(&mut self, id: SeqId, plan: &StepPlan) -> bool {
         let needed = self.blocks_for(self.seqs[&id].num_tokens());

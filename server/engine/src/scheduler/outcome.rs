@@ -57,10 +57,17 @@ impl Scheduler {
         }
     }
 
+    /// Ends the requests of the step, but those of whom it computed nothing but what follows an end.
     fn fail_step(&mut self, plan: &StepPlan, why: &str, events: &mut Vec<SchedulerEvent>) {
         self.settle(plan);
-        for part in &plan.seqs {
-            self.fail_request(part.request, EngineError::Step(why.to_owned()), events);
+        let hit: Vec<RequestId> = plan
+            .seqs
+            .iter()
+            .filter(|part| self.seqs.contains_key(&part.seq) || self.faults.has(Fault::FailInVain))
+            .map(|part| part.request)
+            .collect();
+        for request in hit {
+            self.fail_request(request, EngineError::Step(why.to_owned()), events);
         }
     }
 
@@ -78,9 +85,12 @@ impl Scheduler {
         output: SeqOutput,
         events: &mut Vec<SchedulerEvent>,
     ) {
-        // It may have been aborted meanwhile.
+        // It may have been aborted meanwhile, or ended by the step before.
         let Some(seq) = self.seqs.get_mut(&part.seq) else { return };
         let request = part.request;
+        if part.sample.is_some() {
+            seq.unknown.pop_front();
+        }
         if output.sampled == Some(SampleResult::NonFinite) {
             self.counters.non_finite += 1;
             if self.faults.has(Fault::FailWholeBatch) {
@@ -113,6 +123,10 @@ impl Scheduler {
                 let event =
                     TokenEvent::Token { choice: part.sample.as_ref().map_or(0, |s| s.choice), id, logprobs };
                 self.take_token(part, id, event, events);
+            }
+            _ if part.sample.is_some() => {
+                let why = "the backend chose no token".to_owned();
+                self.fail_request(request, EngineError::Step(why), events);
             }
             _ => self.finish_if_unsampled(part, events),
         }

@@ -4,8 +4,10 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use ingle_engine::{
     BlockHash, BlockHasher, EngineConfig, MAX_PREEMPTIONS, RequestId, SchedulerSnapshot, ScriptedBackend,
-    SeqSnapshot, SeqStatus, StepPlan,
+    SeqSnapshot, SeqStatus, StepPlan, StepTokens,
 };
+
+use crate::client::max_output;
 
 type Check = Result<(), String>;
 
@@ -52,8 +54,15 @@ pub(crate) fn plan(
         let Some(seq) = after.seqs.iter().find(|seq| seq.seq == part.seq) else {
             return Err(format!("I6: sequence {id} is in a step but not in the engine"));
         };
-        if seq.status != SeqStatus::Running || part.tokens.is_empty() || seq.num_computed != part.end() {
+        if seq.status != SeqStatus::Running || part.tokens.count() == 0 || seq.num_computed != part.end() {
             return Err(format!("I9: sequence {id} is {:?} in a step: {part:?}", seq.status));
+        }
+        let request = part.req.get();
+        if part.end() > request.prompt.len() + max_output(config, request).saturating_sub(1) {
+            return Err(format!("I9: sequence {id} computes its last token: {part:?}"));
+        }
+        if part.sample.as_ref().is_some_and(|sample| request.prompt.len() + sample.num_output != part.end()) {
+            return Err(format!("I8: sequence {id} draws for another position: {part:?}"));
         }
         if part.block_table.len() * config.block_size < part.end() {
             return Err(format!("I3: sequence {id} has no block for token {}", part.end()));
@@ -86,8 +95,45 @@ pub(crate) fn plan(
             }
         }
     }
+    places(plan, in_flight)?;
     left_out(plan, after)?;
     preemptions(before, after)
+}
+
+/// I19: a token that is not known is one that a step in flight chooses for that very sequence, the latest of them, and its
+/// value is needed for nothing but the model.
+fn places(plan: &StepPlan, in_flight: &VecDeque<StepPlan>) -> Check {
+    for part in &plan.seqs {
+        let latest = in_flight.iter().rev().find_map(|step| {
+            let at = step.seqs.iter().position(|other| other.seq == part.seq && other.sample.is_some())?;
+            Some((step, at))
+        });
+        match (&part.tokens, latest) {
+            (StepTokens::Known(_), None) => {}
+            (StepTokens::Chosen(place), Some((step, at)))
+                if (place.step, place.seq) == (step.step, at)
+                    && step.seqs[at].end() == part.start
+                    && !part.req.get().sampling.has_penalties() => {}
+            (tokens, _) => {
+                return Err(format!("I19: sequence {} brings {tokens:?}", part.seq.0));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// I20: nothing is planned beside steps in flight only where a decode needs what they give.
+pub(crate) fn nothing_ahead(state: &SchedulerSnapshot) -> Check {
+    let reserved: usize = state.seqs.iter().map(|seq| seq.reserved).sum();
+    let spare = state.free.len() - reserved;
+    let needs_values = running(state).any(|seq| seq.needs_values);
+    if needs_values || spare < running(state).count() {
+        return Ok(());
+    }
+    match running(state).find(|seq| seq.num_tokens > seq.num_computed) {
+        Some(seq) => Err(format!("I20: the next step of sequence {} could be planned", seq.seq.0)),
+        None => Ok(()),
+    }
 }
 
 /// I9: running sequences with something to compute are in the step; for decodes the one excuse is that all free blocks
@@ -96,7 +142,7 @@ fn left_out(plan: &StepPlan, after: &SchedulerSnapshot) -> Check {
     let reserved: usize = after.seqs.iter().map(|seq| seq.reserved).sum();
     let planned: BTreeSet<_> = plan.seqs.iter().map(|part| part.seq).collect();
     for seq in running(after) {
-        let waits = seq.num_tokens - seq.num_computed == 1 && seq.last_step.is_none();
+        let waits = seq.num_tokens - seq.num_computed == 1;
         if waits && !planned.contains(&seq.seq) && after.free.len() > reserved {
             return Err(format!("I9: the decode of sequence {} is left out of a step", seq.seq.0));
         }

@@ -102,6 +102,7 @@ pub(crate) fn make_request(options: &Options, rng: &mut ChaCha8Rng) -> Option<Va
         sampling: SamplingParams {
             seed: Some(rng.random()),
             ignore_eos: rng.random_bool(options.ignore_eos),
+            frequency_penalty: if rng.random_bool(options.penalties) { 0.5 } else { 0.0 },
             stop_token_ids: if rng.random_bool(0.2) { vec![rng.random_range(0..VOCAB)] } else { Vec::new() },
             ..SamplingParams::default()
         },

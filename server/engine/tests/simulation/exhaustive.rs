@@ -9,7 +9,7 @@ use ingle_engine::{
 };
 
 use crate::checks::{self, CacheCheck};
-use crate::client::{Client, Outcome};
+use crate::client::{Client, Outcome, oracle};
 use crate::options::{EOS, VOCAB};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,21 +47,27 @@ struct Small {
     in_flight: VecDeque<StepPlan>,
     cache: CacheCheck,
     clients: [Option<Client>; 2],
+    requests: [ValidatedRequest; 2],
 }
 
-fn requests() -> [ValidatedRequest; 2] {
+/// `stops`: answers end with their second token, which nobody knows before it has been chosen.
+fn requests(config: &EngineConfig, stops: bool) -> [ValidatedRequest; 2] {
     let limits =
-        Limits { vocab_size: VOCAB as usize, max_model_len: 7, max_n: 2, max_logprobs: 0, max_token_list: 0 };
+        Limits { vocab_size: VOCAB as usize, max_model_len: 7, max_n: 2, max_logprobs: 0, max_token_list: 1 };
     // The same beginning, so that they can share a block; each needs all three blocks in the end.
     [(&[5, 6, 7][..], 2), (&[5, 6, 8, 9][..], 1)].map(|(prompt, n)| {
         let sampling = SamplingParams { seed: Some(3), ignore_eos: true, ..SamplingParams::default() };
-        let request = Request { prompt: prompt.to_vec(), sampling, max_tokens: 3, n, ..Request::default() };
+        let mut request =
+            Request { prompt: prompt.to_vec(), sampling, max_tokens: 3, n, ..Request::default() };
+        if stops {
+            request.sampling.stop_token_ids = vec![oracle(config, &request, 0).0[1]];
+        }
         request.validate(&limits).expect("valid")
     })
 }
 
 impl Small {
-    fn new() -> Self {
+    fn new(stops: bool) -> Self {
         let config = EngineConfig {
             block_size: 2,
             num_blocks: 3,
@@ -76,6 +82,7 @@ impl Small {
             in_flight: VecDeque::new(),
             cache: CacheCheck::new(KEY, &config),
             clients: [None, None],
+            requests: requests(&config, stops),
             config,
         }
     }
@@ -101,7 +108,7 @@ impl Small {
     fn act(&mut self, act: Act) -> Result<(), String> {
         match act {
             Act::Add(at) => {
-                let request = requests()[at].clone();
+                let request = self.requests[at].clone();
                 let id = self.scheduler.add(Arc::new(request.clone())).map_err(|error| error.to_string())?;
                 let client = Client::new(id, request, &self.config, false);
                 for choice in &client.choices {
@@ -190,8 +197,8 @@ impl Small {
     }
 }
 
-fn replay(acts: &[Act]) -> Result<Small, String> {
-    let mut world = Small::new();
+fn replay(acts: &[Act], stops: bool) -> Result<Small, String> {
+    let mut world = Small::new(stops);
     for act in acts {
         world.act(*act)?;
     }
@@ -199,8 +206,8 @@ fn replay(acts: &[Act]) -> Result<Small, String> {
 }
 
 /// Tries every possible continuation of `acts` up to `length` and drains each world. Returns how many there were.
-fn search(acts: &mut Vec<Act>, length: usize) -> Result<u64, (Vec<Act>, String)> {
-    let world = replay(acts).map_err(|wrong| (acts.clone(), wrong))?;
+fn search(acts: &mut Vec<Act>, length: usize, stops: bool) -> Result<u64, (Vec<Act>, String)> {
+    let world = replay(acts, stops).map_err(|wrong| (acts.clone(), wrong))?;
     if acts.len() == length {
         let mut world = world;
         return world.drain().map(|()| 1).map_err(|wrong| (acts.clone(), wrong));
@@ -209,7 +216,7 @@ fn search(acts: &mut Vec<Act>, length: usize) -> Result<u64, (Vec<Act>, String)>
     for act in ACTS {
         if world.is_possible(act) {
             acts.push(act);
-            count += search(acts, length)?;
+            count += search(acts, length, stops)?;
             acts.pop();
         }
     }
@@ -220,8 +227,10 @@ fn search(acts: &mut Vec<Act>, length: usize) -> Result<u64, (Vec<Act>, String)>
 fn every_order_of_events_in_the_smallest_world() {
     let _alone = crate::ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     // Both are there from the beginning, or the second comes later: the search decides.
-    let worlds =
-        search(&mut vec![Act::Add(0)], 9).unwrap_or_else(|(acts, wrong)| panic!("{acts:?}: {wrong}"));
-    println!("{worlds} worlds");
-    assert!(worlds > 10_000, "{worlds}");
+    for stops in [false, true] {
+        let worlds = search(&mut vec![Act::Add(0)], 9, stops)
+            .unwrap_or_else(|(acts, wrong)| panic!("stops: {stops}, {acts:?}: {wrong}"));
+        println!("{worlds} worlds");
+        assert!(worlds > 10_000, "{worlds}");
+    }
 }

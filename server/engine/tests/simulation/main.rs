@@ -55,12 +55,15 @@ fn invariants_hold_in_every_world() {
         sum.cached_tokens += report.cached_tokens;
         sum.scheduled_tokens += report.scheduled_tokens;
         sum.recomputed_tokens += report.recomputed_tokens;
+        sum.ahead += report.ahead;
+        sum.in_vain += report.in_vain;
     }
     println!("{sum:?}");
     if seeds.end - seeds.start >= 2000 {
         // A simulation in which nothing happens proves nothing.
         assert!(sum.finished > 10_000 && sum.cancelled > 500 && sum.failed > 500, "{sum:?}");
         assert!(sum.preemptions > 500 && sum.evictions > 50 && sum.cached_tokens > 10_000, "{sum:?}");
+        assert!(sum.ahead > 50_000 && sum.in_vain > 1000, "{sum:?}");
     }
 }
 

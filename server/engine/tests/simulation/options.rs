@@ -15,6 +15,8 @@ pub(crate) struct Options {
     pub(crate) config: EngineConfig,
     /// Steps in flight at most.
     pub(crate) depth: usize,
+    /// Steps are computed as soon as they are planned, else when they are completed; a device does so in between.
+    pub(crate) early: bool,
     pub(crate) num_requests: usize,
     /// Chance of an arrival in a tick, and requests that come with it at most.
     pub(crate) arrival: f64,
@@ -36,6 +38,8 @@ pub(crate) struct Options {
     pub(crate) huge: f64,
     /// Chance that a request ignores the end token.
     pub(crate) ignore_eos: f64,
+    /// Chance that a request wants penalties, which look at the values of tokens.
+    pub(crate) penalties: f64,
 }
 
 impl Options {
@@ -65,7 +69,8 @@ impl Options {
         };
         let options = Self {
             config,
-            depth: [1, 1, 2, 3][rng.random_range(0..4)],
+            depth: [1, 2, 2, 3][rng.random_range(0..4)],
+            early: rng.random_bool(0.3),
             num_requests: rng.random_range(2..=30),
             arrival: rng.random_range(0.05..1.0),
             burst: rng.random_range(1..=8),
@@ -82,6 +87,7 @@ impl Options {
             prefixes: rng.random_range(1..=3),
             huge: 0.0,
             ignore_eos: rng.random_range(0.0..1.0),
+            penalties: sometimes(&mut rng, 0.3, 0.4),
         };
         let mut options = match seed % 16 {
             1 | 9 => options.pressed(&mut rng),

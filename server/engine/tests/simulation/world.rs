@@ -5,8 +5,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use ingle_engine::{
-    Backend, BackendError, EngineConfig, EngineError, Fault, MAX_PASSES, RequestId, SampleResult, Scheduler,
-    SchedulerEvent, ScriptedBackend, StepOutput, StepPlan,
+    Backend, BackendError, EngineConfig, EngineError, Fault, MAX_PASSES, RequestId, SampleResult,
+    ScheduledSeq, Scheduler, SchedulerEvent, ScriptedBackend, StepOutput, StepPlan, StepTokens,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -30,6 +30,10 @@ pub(crate) struct Report {
     pub(crate) cached_tokens: u64,
     pub(crate) scheduled_tokens: u64,
     pub(crate) recomputed_tokens: u64,
+    /// Parts of steps that named a token by its place.
+    pub(crate) ahead: u64,
+    /// Parts of steps that followed the end of an answer.
+    pub(crate) in_vain: u64,
 }
 
 struct World {
@@ -38,6 +42,8 @@ struct World {
     scheduler: Scheduler,
     backend: ScriptedBackend,
     in_flight: VecDeque<StepPlan>,
+    /// What those gave that are computed as soon as they are planned.
+    computed: VecDeque<Result<StepOutput, BackendError>>,
     clients: BTreeMap<RequestId, Client>,
     cache: CacheCheck,
     arrived: usize,
@@ -63,6 +69,7 @@ pub(crate) fn run(seed: u64, fault: Option<Fault>, hash_key: [u8; 32]) -> Result
         options,
         scheduler,
         in_flight: VecDeque::new(),
+        computed: VecDeque::new(),
         clients: BTreeMap::new(),
         arrived: 0,
         work: 0,
@@ -251,7 +258,7 @@ impl World {
             if self.in_flight.is_empty() && waits {
                 return Err("I10: there is work, but the plan is empty".into());
             }
-            return Ok(());
+            return if self.in_flight.is_empty() { Ok(()) } else { checks::nothing_ahead(&before) };
         }
         checks::plan(&self.options.config, &plan, &before, &after, &self.in_flight)?;
         for part in &plan.seqs {
@@ -263,8 +270,12 @@ impl World {
                 ));
             }
             (part.seq, part.start, &part.tokens, &part.block_table).hash(&mut self.trace);
+            self.report.ahead += u64::from(matches!(part.tokens, StepTokens::Chosen(_)));
         }
         self.count_passes(&plan)?;
+        if self.options.early {
+            self.computed.push_back(self.backend.execute(&plan));
+        }
         self.in_flight.push_back(plan);
         Ok(())
     }
@@ -294,12 +305,15 @@ impl World {
         Ok(())
     }
 
-    /// Carries out the oldest step in flight: as late as can be, so that anything freed too early shows.
+    /// Carries out the oldest step in flight, unless steps are computed early: as late as can be, so that anything freed too
+    /// early shows.
     fn complete(&mut self) -> Result<(), String> {
         let Some(plan) = self.in_flight.pop_front() else { return Ok(()) };
         self.report.steps += 1;
         let fails = self.hostile && self.rng.random_bool(self.options.fail_step);
-        let mut outcome = if fails && self.rng.random_bool(0.5) {
+        let mut outcome = if let Some(computed) = self.computed.pop_front() {
+            computed
+        } else if fails && self.rng.random_bool(0.5) {
             Err(BackendError::Step("injected".into()))
         } else {
             self.backend.execute(&plan)
@@ -310,8 +324,13 @@ impl World {
         } else if let Ok(output) = &mut outcome {
             not_finite = self.spoil(&plan, output);
         }
-        let alive: BTreeSet<RequestId> =
-            plan.seqs.iter().map(|p| p.request).filter(|id| self.clients[id].outcome.is_none()).collect();
+        let awaited = plan.seqs.iter().filter(|part| self.is_awaited(part));
+        let alive: BTreeSet<RequestId> = awaited.map(|part| part.request).collect();
+        let ended = |part: &&ScheduledSeq| {
+            let choices = &self.clients[&part.request].choices;
+            part.sample.as_ref().is_some_and(|sample| choices[usize::from(sample.choice)].ended)
+        };
+        self.report.in_vain += plan.seqs.iter().filter(ended).count() as u64;
         let events = self.scheduler.update(&plan, outcome);
         let mut failed = BTreeSet::new();
         for SchedulerEvent { request, event } in &events {
@@ -338,10 +357,19 @@ impl World {
         for (part, output) in plan.seqs.iter().zip(&mut output.seqs) {
             if self.hostile && output.sampled.is_some() && self.rng.random_bool(self.options.nan_row) {
                 output.sampled = Some(SampleResult::NonFinite);
-                spoiled.insert(part.request);
+                if self.is_awaited(part) {
+                    spoiled.insert(part.request);
+                }
             }
         }
         spoiled
+    }
+
+    /// Whether `part` is of use: what follows the end of a choice is computed for nobody.
+    fn is_awaited(&self, part: &ScheduledSeq) -> bool {
+        let client = &self.clients[&part.request];
+        let choice = part.sample.as_ref().map(|sample| &client.choices[usize::from(sample.choice)]);
+        client.outcome.is_none() && choice.is_none_or(|choice| !choice.ended)
     }
 
     /// What clients do on events: full streams pause, texts become known.
