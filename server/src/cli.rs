@@ -335,6 +335,10 @@ pub struct ServeArgs {
     /// Seconds that running requests get to finish after SIGTERM.
     #[arg(long, env = "INGLE_DRAIN_TIMEOUT", default_value_t = 30, help_heading = "Serving")]
     pub drain_timeout: u64,
+    /// Seconds after SIGTERM in which /ready says no and requests are still taken: for balancers that only look at
+    /// /ready, and supervisors that cannot wait before the signal.
+    #[arg(long, env = "INGLE_DRAIN_DELAY", default_value_t = 0, help_heading = "Serving")]
+    pub drain_delay: u64,
     /// Origins of web pages that may call the API (CORS), separated by commas; `*`: all.
     #[arg(long, env = "INGLE_ALLOWED_ORIGINS", value_delimiter = ',', help_heading = "Serving")]
     pub allowed_origins: Vec<String>,

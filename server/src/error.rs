@@ -233,6 +233,15 @@ pub(crate) fn context_length(prompt: usize, answer: usize, max: usize) -> ApiErr
     ApiError::new(ErrorKind::ContextLength, message)
 }
 
+/// The same for a text whose tokens nobody counted, because its length alone says that it cannot fit.
+pub(crate) fn hopeless_length(at_least: usize, max: usize) -> ApiError {
+    let message = format!(
+        "This model's maximum context length is {max} tokens. However, your text has at least {at_least} tokens. Please \
+         shorten the prompt."
+    );
+    ApiError::new(ErrorKind::ContextLength, message)
+}
+
 impl From<InvalidRequest> for ApiError {
     fn from(refusal: InvalidRequest) -> Self {
         match refusal.kind {

@@ -2,8 +2,8 @@
 //!
 //! Accepting never stops for long: at the connection cap some more are taken and told 503 (health is still answered),
 //! and when descriptors run out the loop rests a moment. Each connection has 10 s for a request's head, and 30 s for a
-//! client that does not read. The end, in steps: the first signal makes `/ready` say no and the engine refuse;
-//! idle connections are closed; running requests finish; at the deadline, or at the second signal, they are cut with
+//! client that does not read. The end, in steps: the first signal makes `/ready` say no and, after the drain delay, the
+//! engine refuse; idle connections are closed; running requests finish; at the deadline, or at the second signal, they are cut with
 //! an error event.
 
 mod connection;
@@ -35,9 +35,9 @@ use crate::{
 use connection::{Class, Shared};
 pub use shutdown::{Shutdown, ShutdownTrigger};
 
-/// Connections taken over the cap, to be told that there are too many.
+/// Connections taken over the cap at most, to be told that there are too many.
 const RESERVE: usize = 64;
-/// Descriptors left for files, pipes and the hub.
+/// Descriptors left for files, pipes, the hub and the reserve.
 const OTHER_FILES: u64 = 256;
 /// Bytes the kernel may keep for a client that does not read.
 const SEND_BUFFER: u32 = 128 << 10;
@@ -53,8 +53,10 @@ pub struct ListenConfig {
     pub header_timeout: Duration,
     /// Time a client may read nothing of its answer.
     pub write_timeout: Duration,
-    /// Time for running requests after the first signal.
+    /// Time for running requests after the first signal and the delay.
     pub drain_timeout: Duration,
+    /// Time after the first signal in which `/ready` says no and requests are still taken.
+    pub drain_delay: Duration,
 }
 
 impl Default for ListenConfig {
@@ -64,6 +66,7 @@ impl Default for ListenConfig {
             header_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(30),
+            drain_delay: Duration::ZERO,
         }
     }
 }
@@ -80,8 +83,13 @@ pub enum ServeError {
 /// that fit with room to spare.
 #[must_use]
 pub fn raise_file_limit() -> usize {
-    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
-    usize::try_from(files.saturating_sub(OTHER_FILES).max(64)).unwrap_or(usize::MAX)
+    connections(rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024))
+}
+
+/// Connections that fit into `files` descriptors beside everything else; of few descriptors a quarter.
+fn connections(files: u64) -> usize {
+    let fit = files.saturating_sub(OTHER_FILES).max(files / 4).max(1);
+    usize::try_from(fit).unwrap_or(usize::MAX)
 }
 
 /// A bound socket.
@@ -230,11 +238,12 @@ impl Server {
             let _ = timeout_at(deadline, shared.idle()).await;
         } else {
             tracing::info!("shutting down: no new requests, running ones finish");
-            let deadline = Instant::now() + shared.config.drain_timeout;
+            let delay = shared.config.drain_delay;
+            let deadline = Instant::now() + delay + shared.config.drain_timeout;
             state.announce_drain();
-            // Routers first: until they have taken us off, what they send is served.
+            // Routers first: until they have taken us off, and have seen what /ready says, what they send is served.
             tokio::select! {
-                () = state.registry().leave() => {}
+                _ = async { tokio::join!(state.registry().leave(), sleep(delay)) } => {}
                 () = shutdown.signalled(2) => {}
             }
             state.start_drain();
@@ -329,8 +338,9 @@ type Place = (OwnedSemaphorePermit, Class);
 
 impl Places {
     fn new(ordinary: usize) -> Self {
-        let ordinary = Arc::new(Semaphore::new(ordinary.clamp(1, Semaphore::MAX_PERMITS)));
-        Self { ordinary, reserve: Arc::new(Semaphore::new(RESERVE)) }
+        let ordinary = ordinary.clamp(1, Semaphore::MAX_PERMITS);
+        let reserve = Arc::new(Semaphore::new(RESERVE.min(ordinary)));
+        Self { ordinary: Arc::new(Semaphore::new(ordinary)), reserve }
     }
 
     /// An ordinary place if there is one, else one of the reserve; waits if there is none of either.
@@ -356,4 +366,22 @@ impl Places {
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind as K;
     matches!(error.kind(), K::ConnectionAborted | K::ConnectionRefused | K::ConnectionReset | K::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_descriptors_for_the_rest() {
+        for (files, fit) in
+            [(u64::MAX, usize::MAX - 256), (65_536, 65_280), (1024, 768), (256, 64), (64, 16), (1, 1)]
+        {
+            assert_eq!(connections(files), fit, "{files}");
+        }
+        for files in 8..2000 {
+            let ordinary = connections(files);
+            assert!(ordinary + RESERVE.min(ordinary) < files as usize, "{files}: {ordinary}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use tracing::Level;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     EnvFilter, Layer, filter::filter_fn, layer::SubscriberExt, util::SubscriberInitExt,
@@ -26,7 +27,10 @@ pub fn start(format: LogFormat, filter: &str, traces: Option<&str>) -> anyhow::R
     let filter = EnvFilter::try_new(filter).map_err(|error| anyhow::anyhow!("--log {filter:?}: {error}"))?;
     let traces = traces.map(Traces::start).transpose()?;
     let spans = traces.as_ref().map(|traces| {
-        let ours = filter_fn(|meta| meta.is_span() && meta.target().starts_with("ingle"));
+        let ours = filter_fn(|meta| {
+            // Probes have spans of a finer level, for the log alone.
+            meta.is_span() && *meta.level() <= Level::INFO && meta.target().starts_with("ingle")
+        });
         tracing_opentelemetry::layer().with_tracer(traces.tracer()).with_filter(ours)
     });
     let (writer, guard) = NonBlockingBuilder::default().lossy(true).finish(std::io::stderr());
@@ -35,7 +39,7 @@ pub fn start(format: LogFormat, filter: &str, traces: Option<&str>) -> anyhow::R
         LogFormat::Human => {
             lines.with_ansi(std::io::stderr().is_terminal()).with_target(false).with_filter(filter).boxed()
         }
-        LogFormat::Json => lines.json().flatten_event(true).with_filter(filter).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).with_filter(filter).boxed(),
     };
     tracing_subscriber::registry().with(lines).with(spans).init();
     Ok(Guard { _traces: traces, _writer: guard })

@@ -36,12 +36,13 @@ const FIRST_TOKEN: &[f64] = &[
 ];
 /// Of times between tokens.
 const BETWEEN_TOKENS: &[f64] = &[
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
 /// Of whole requests and their phases.
 const REQUEST: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
-    960.0, 1920.0, 7680.0,
+    0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0,
+    20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 ];
 
 /// A metric under each of its names.
@@ -428,6 +429,10 @@ impl Metrics {
         );
         if let Some(audit) = state.audit() {
             self.set("ingle_audit_lines_dropped", "Audit lines that were lost.", &[], audit.dropped() as f64);
+        }
+        for row in state.ledger().rows(None) {
+            let labels = [("key", row.key.as_str()), ("model_name", row.model.as_str())];
+            self.set("ingle_key_cost_total", "Cost of tokens by key and model.", &labels, row.cost);
         }
         for card in &tier.models {
             let labels = [("model_name", card.name.as_str())];

@@ -204,6 +204,13 @@ impl Record {
         }
     }
 
+    /// Times in the queue and of computing so far, the longest of all prompts.
+    pub(crate) fn times(&self) -> Option<(Duration, Duration)> {
+        let facts = self.facts();
+        let longest = |time: fn(&Progress) -> Duration| facts.prompts.iter().map(time).max();
+        Some((longest(|p| p.queue)?, longest(|p| p.prefill)?))
+    }
+
     /// A prompt is done.
     pub(crate) fn finished(&self, reason: &'static str) {
         let mut facts = self.facts();

@@ -203,6 +203,7 @@ async fn rerankers_score_as_the_reference_and_sort() {
         for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
             let answer = server.post(path, &body).await;
             let results = answer.ok()["results"].as_array().expect("results");
+            assert!(answer.headers.contains_key("server-timing"));
             assert_eq!(results.len(), 4);
             let score = |i: usize| results[i]["relevance_score"].as_f64().expect("a score");
             assert!((1..4).all(|i| score(i - 1) >= score(i)), "{results:?}");

@@ -202,6 +202,56 @@ async fn legal_extremes_are_answered() {
     assert_eq!(metrics.get("ingle_panics_total"), 0.0);
 }
 
+/// The most memory that the server had so far, in MiB.
+fn peak_mib(server: &TestServer) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+}
+
+#[tokio::test]
+async fn huge_prompts_cost_little_and_hold_nobody_up() {
+    let server = Launch::tiny().args(["--kv-cache-memory", "64"]).start().await;
+    server.post(CHAT, &chat("hi", 1)).await.ok();
+    let before = peak_mib(&server);
+    let text = "a".repeat(15 << 20);
+    let bodies = [(COMPLETIONS, completion(text.as_str(), 1)), (CHAT, chat(&text, 1))];
+    for (path, body) in &bodies {
+        let started = Instant::now();
+        let (a, b, c, small) = tokio::join!(
+            server.post(path, body),
+            server.post(path, body),
+            server.post(path, body),
+            server.post(CHAT, &chat("hi", 1)),
+        );
+        small.ok();
+        for answer in [a, b, c] {
+            assert_eq!(answer.status, 400, "{path}: {}", answer.text);
+            let error = answer.error();
+            assert_eq!(error["code"], "context_length_exceeded");
+            let message = error["message"].as_str().unwrap_or_default();
+            assert!(message.starts_with("This model's maximum context length is "), "{message}");
+            assert!(message.contains("has at least "), "{message}");
+        }
+        assert!(started.elapsed() < BOUNDED, "{path}: {:?}", started.elapsed());
+    }
+    let grown = peak_mib(&server) - before;
+    assert!(grown < 600, "refusing grew the server by {grown} MiB");
+    // Counting is another matter: such a text is tokenized, one at a time, and small ones go past.
+    let count = json!({"prompt": text});
+    let counted = async { tokio::join!(server.post("/tokenize", &count), server.post("/tokenize", &count)) };
+    let chats = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        for _ in 0..5 {
+            server.post(CHAT, &chat("hi", 1)).await.ok();
+        }
+    };
+    tokio::join!(counted, chats);
+    let grown = peak_mib(&server) - before;
+    assert!(grown < 1800, "counting grew the server by {grown} MiB");
+    server.is_well().await;
+}
+
 #[tokio::test]
 async fn long_texts_of_one_kind_take_bounded_time() {
     let server = Launch::tiny().args(["--kv-cache-memory", "64"]).start().await;

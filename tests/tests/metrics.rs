@@ -133,6 +133,13 @@ async fn names_types_and_buckets_are_as_promised() {
     }
     assert!(metrics.get_with("vllm:cache_config_info", "block_size=\"16\"") > 0.0);
     assert!(metrics.get_with("vllm:cache_config_info", "num_gpu_blocks=\"2048\"") > 0.0);
+    // Models that take less than a millisecond a token are told apart, too.
+    for (name, below) in
+        [("ingle_inter_token_latency_seconds", 0.001), ("ingle_e2e_request_latency_seconds", 0.01)]
+    {
+        let fine = metrics.buckets(name).iter().filter(|(bound, _)| *bound < below).count();
+        assert!(fine >= 2, "{name}");
+    }
     for name in metrics.histograms() {
         let buckets = metrics.buckets(name);
         assert!(buckets.is_sorted_by(|a, b| a.1 <= b.1), "{name}: {buckets:?}");

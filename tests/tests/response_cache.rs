@@ -28,6 +28,36 @@ async fn stored(server: &TestServer, num: f64) {
     server.wait_for("stored", |m| m.get_with("ingle_response_cache_total", label) == num).await;
 }
 
+/// `text` without the one receipt in it.
+fn without_receipt(text: &str) -> String {
+    let at = text.find(",\"receipt\":{").expect("a receipt");
+    let end = text[at..].find('}').expect("its end");
+    format!("{}{}", &text[..at], &text[at + end + 1..])
+}
+
+#[tokio::test]
+async fn names_that_are_answered_alike_share_answers() {
+    let names = ["--served-model-name", "own,second", "--alias", "gpt-4,llama-2-70b"];
+    let by = |name: &str| with(chat("who?", 3), json!({"model": name}));
+    let server = Launch::tiny().args(["--response-cache", "memory"]).args(names).start().await;
+    assert_eq!(ask(&server, CHAT, "", &by("gpt-4")).await.0, "miss");
+    stored(&server, 1.0).await;
+    for (name, expected) in [("gpt-4", "hit"), ("llama-2-70b", "hit"), ("own", "hit"), ("second", "miss")] {
+        assert_eq!(ask(&server, CHAT, "", &by(name)).await.0, expected, "{name}");
+    }
+    let unnamed = ask(&server, CHAT, "", &chat("who?", 3)).await;
+    assert_eq!(unnamed.0, "hit");
+    let server =
+        Launch::tiny().args(["--response-cache", "memory", "--echo-alias"]).args(names).start().await;
+    assert_eq!(ask(&server, CHAT, "", &by("gpt-4")).await.0, "miss");
+    stored(&server, 1.0).await;
+    for (name, expected) in [("gpt-4", "hit"), ("llama-2-70b", "miss"), ("own", "miss")] {
+        let (outcome, text) = ask(&server, CHAT, "", &by(name)).await;
+        assert_eq!(outcome, expected, "{name}");
+        assert!(text.contains(&format!("\"model\":\"{name}\"")), "{text}");
+    }
+}
+
 #[tokio::test]
 async fn the_same_request_is_answered_with_the_same_bytes() {
     let flags = ["--response-cache", "memory", "--api-key", "a,b"];
@@ -40,8 +70,9 @@ async fn the_same_request_is_answered_with_the_same_bytes() {
         let (first, said) = ask(&server, path, "a", body).await;
         assert_eq!(first, "miss");
         stored(&server, (num + 1) as f64).await;
-        assert_eq!(ask(&server, path, "a", body).await, ("hit".to_owned(), said.clone()));
-        assert!(!said.is_empty());
+        let (again, repeated) = ask(&server, path, "a", body).await;
+        assert_eq!((again.as_str(), &repeated), ("hit", &without_receipt(&said)));
+        assert_ne!(repeated, said, "the receipt is of the first request");
     }
     assert_eq!(outcome(&server, "hit").await, 3.0);
     // Nobody sees the answers of another key, and what may differ is computed.

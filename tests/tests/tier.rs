@@ -188,6 +188,10 @@ async fn the_receipt_says_where_the_time_went() {
     for part in ["queue_ms", "prefill_ms", "decode_ms", "tokens_per_second"] {
         assert!(receipt[part].as_f64().is_some_and(|x| x >= 0.0), "{part}: {receipt}");
     }
+    // It is the engine's time, not that of reading what it had sent already.
+    let engine = server.metrics().await.get("ingle_request_decode_time_seconds_sum") * 1e3;
+    let told = receipt["decode_ms"].as_f64().expect("a number");
+    assert!((told - engine).abs() < 0.01 && told > 0.0, "{told} ms told, {engine} ms in the engine");
     let timing = answer.headers["server-timing"].to_str().expect("text");
     assert!(timing.starts_with("queue;dur=") && timing.contains("decode;dur="), "{timing}");
     assert_eq!(answer.headers["x-ingle-cached-tokens"], "0");
@@ -195,6 +199,50 @@ async fn the_receipt_says_where_the_time_went() {
     let events = server.stream(CHAT, &asked).await.rest().await;
     let usage: Value = serde_json::from_str(&events[events.len() - 2]).expect("JSON");
     assert!(usage["usage"]["receipt"]["decode_ms"].as_f64().is_some_and(|x| x > 0.0), "{usage}");
+}
+
+#[tokio::test]
+async fn the_first_requests_cost_something_too() {
+    // With a probe the first is paid at its speed; without one it is paid for when the engine has counted something.
+    for probe in ["true", "false"] {
+        let server = Launch::tiny().args(["--probe", probe, "--hourly-cost", "3600"]).start().await;
+        let cost = async || server.get("/usage").await.ok()["data"][0]["cost"].as_f64().expect("a number");
+        server.post(CHAT, &chat("what does this cost?", 10)).await.ok();
+        if probe == "true" {
+            assert!(cost().await > 0.0);
+        }
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        server.post(CHAT, &chat("and this?", 10)).await.ok();
+        assert!(cost().await > 0.0, "--probe {probe}");
+        let metrics = server.metrics().await;
+        assert_eq!(metrics.get_with("ingle_key_cost_total", "key=\"none\""), cost().await);
+    }
+}
+
+#[tokio::test]
+async fn audit_lines_that_are_lost_are_counted_and_told() {
+    let mut server = Launch::tiny().args(["--audit-log", "/dev/full"]).start().await;
+    for _ in 0..3 {
+        server.post(CHAT, &chat("written down?", 1)).await.ok();
+    }
+    server.wait_for_line("the audit log cannot be written").await;
+    server.wait_for("counted", |m| m.get("ingle_audit_lines_dropped") == 3.0).await;
+    let told = server.log().iter().filter(|line| line.contains("the audit log cannot")).count();
+    assert_eq!(told, 1, "once a minute at most");
+}
+
+#[tokio::test]
+async fn probes_are_not_logged_and_lines_name_their_span_once() {
+    let mut server = Launch::tiny().args(["--log-format", "json"]).start().await;
+    for route in ["/health", "/ready", "/metrics", "/tier"] {
+        server.get(route).await;
+    }
+    server.post(CHAT, &chat("logged", 1)).await.ok();
+    let line = server.wait_for_line("\"answered\"").await;
+    let line: Value = serde_json::from_str(&line).expect("JSON");
+    assert_eq!((&line["span"]["route"], &line["spans"]), (&json!(CHAT), &Value::Null), "{line}");
+    let told = server.log().join("\n");
+    assert!(!told.contains("/health") && !told.contains("/tier"), "{told}");
 }
 
 #[tokio::test]
@@ -257,6 +305,8 @@ async fn encoders_have_cards_limits_and_accounts() {
     assert_eq!(embed("own").await.ok()["model"], "own");
     let answer = embed("ada").await;
     assert_eq!(answer.ok()["model"], "own");
+    let timing = answer.headers["server-timing"].to_str().expect("text");
+    assert!(timing.starts_with("queue;dur=") && timing.contains("compute;dur="), "{timing}");
     let refused = embed("own").await;
     assert_eq!((refused.status, &refused.error()["code"]), (429, &json!("rate_limit_exceeded")));
     let tier = get("/tier").await;
@@ -276,6 +326,7 @@ async fn spans_go_to_the_collector_in_the_callers_trace() {
     let collector = FakeRouter::start(|_| (200, json!({}))).await;
     let endpoint = format!("http://{}/v1/traces", collector.address());
     let mut server = Launch::tiny().args(["--otlp-traces-endpoint", &endpoint]).start().await;
+    server.get("/health").await.ok();
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let request = server
         .request(CHAT, chat("traced", 3).to_string())
@@ -291,6 +342,7 @@ async fn spans_go_to_the_collector_in_the_callers_trace() {
     assert!(
         told.iter().any(|told| holds(&told.bytes, &id) && holds(&told.bytes, b"gen_ai.usage.output_tokens"))
     );
+    assert!(!told.iter().any(|told| holds(&told.bytes, b"/health")), "probes leave no trace");
 }
 
 /// A board that names a metric nobody exports shows nothing, and an alert on it never rings.
@@ -349,4 +401,27 @@ async fn ready_says_no_at_once_while_requests_are_finished() {
     let rest = events.rest().await;
     assert_eq!(rest.last().map(String::as_str), Some("[DONE]"));
     assert_eq!(server.exit().await, Some(0));
+}
+
+#[tokio::test]
+async fn during_the_drain_delay_requests_are_still_taken() {
+    let mut server = Launch::tiny().args(["--drain-delay", "3"]).start().await;
+    server.signal(rustix::process::Signal::TERM);
+    let begin = std::time::Instant::now();
+    server.wait_for_line("shutting down").await;
+    let client = Client::builder().pool_max_idle_per_host(0).build().expect("a client");
+    let ready = async || client.get(server.url("/ready")).send().await.map(|answer| answer.status().as_u16());
+    while ready().await.expect("an answer") == 200 {
+        assert!(begin.elapsed() < Duration::from_secs(2), "/ready still says yes");
+        sleep(Duration::from_millis(2)).await;
+    }
+    // New connections, all that time.
+    while begin.elapsed() < Duration::from_secs(2) {
+        let chat = client.post(server.url(CHAT)).json(&chat("late", 1)).send().await.expect("taken");
+        assert_eq!(chat.status(), 200);
+        assert_eq!(ready().await.expect("an answer"), 503);
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(server.exit().await, Some(0));
+    assert!(begin.elapsed() >= Duration::from_secs(3));
 }

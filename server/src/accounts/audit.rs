@@ -1,8 +1,17 @@
 //! The audit log: one JSON object a request, appended to a file. Prompts are in it only if they were asked for, answers
-//! never. Writing happens on a thread of its own; lines that do not fit its queue are dropped and counted, because a
-//! slow disk must not stop serving.
+//! never. Writing happens on a thread of its own; lines that do not fit its queue, or that the file does not take, are
+//! dropped and counted, because a slow or full disk must not stop serving.
 
-use std::{fs::OpenOptions, io::Write, path::Path};
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -36,11 +45,42 @@ struct Line<'a> {
     entry: &'a Entry<'a>,
 }
 
+/// The log says at most so often that the file takes nothing.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// The file, and what it did not take.
+struct Lines<W> {
+    file: W,
+    failed: Arc<AtomicUsize>,
+    complained: Option<Instant>,
+}
+
+impl<W: Write> Write for Lines<W> {
+    /// Takes all of `line`, one way or the other: a caller that tried again would write half a line twice.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Err(error) = self.file.write_all(line) {
+            let failed = self.failed.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+            if self.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
+                self.complained = Some(Instant::now());
+                tracing::warn!(%error, lines = failed, "the audit log cannot be written; lines of it are lost");
+            }
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
 /// Writes entries.
 #[derive(Debug, Clone)]
 pub struct Audit {
     writer: NonBlocking,
+    /// Lines that did not fit the queue.
     dropped: ErrorCounter,
+    /// Lines that the file did not take.
+    failed: Arc<AtomicUsize>,
     with_prompts: bool,
 }
 
@@ -53,10 +93,12 @@ impl Audit {
     pub fn open(path: &Path, with_prompts: bool) -> std::io::Result<(Self, WorkerGuard)> {
         use std::os::unix::fs::OpenOptionsExt;
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        let failed = Arc::new(AtomicUsize::new(0));
+        let lines: Lines<File> = Lines { file, failed: Arc::clone(&failed), complained: None };
         let (writer, guard) =
-            NonBlockingBuilder::default().lossy(true).thread_name("ingle-audit").finish(file);
+            NonBlockingBuilder::default().lossy(true).thread_name("ingle-audit").finish(lines);
         let dropped = writer.error_counter();
-        Ok((Self { writer, dropped, with_prompts }, guard))
+        Ok((Self { writer, dropped, failed, with_prompts }, guard))
     }
 
     pub(crate) fn with_prompts(&self) -> bool {
@@ -65,7 +107,7 @@ impl Audit {
 
     /// Lines that were lost.
     pub(crate) fn dropped(&self) -> usize {
-        self.dropped.dropped_lines()
+        self.dropped.dropped_lines().saturating_add(self.failed.load(Ordering::Relaxed))
     }
 
     pub(crate) fn write(&self, entry: &Entry<'_>) {
@@ -97,5 +139,15 @@ mod tests {
         assert_eq!((&lines[0]["status"], &lines[1]["status"]), (&200.into(), &429.into()));
         assert_eq!(lines[0]["request_id"], "r\n");
         assert!(lines[0].get("prompt").is_none());
+    }
+
+    #[test]
+    fn lines_that_a_full_disk_does_not_take_are_counted() {
+        let (audit, guard) = Audit::open(Path::new("/dev/full"), false).unwrap();
+        for _ in 0..3 {
+            audit.write(&Entry::default());
+        }
+        drop(guard);
+        assert_eq!(audit.dropped(), 3);
     }
 }

@@ -31,6 +31,9 @@ pub struct UsageTotals {
     pub completion_tokens: u64,
     /// Money, by the cost of tokens when they were used.
     pub cost: f64,
+    /// Tokens that were used before their cost was known; the next request that knows it pays for them.
+    #[serde(skip)]
+    unpriced: u64,
 }
 
 /// The totals.
@@ -40,8 +43,8 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// Adds a request that cost `cost`.
-    pub(crate) fn book(&self, entry: &Entry<'_>, cost: f64) {
+    /// Adds a request. `cost_per_1k` is the cost of a thousand tokens now, where it is known.
+    pub(crate) fn book(&self, entry: &Entry<'_>, cost_per_1k: Option<f64>) {
         // Plain sums: a panic elsewhere leaves them whole.
         let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
         let row = rows.entry((entry.key.clone(), entry.model.to_owned())).or_insert_with(|| UsageTotals {
@@ -55,7 +58,11 @@ impl Ledger {
         row.prompt_tokens = row.prompt_tokens.saturating_add(entry.prompt_tokens.into());
         row.cached_tokens = row.cached_tokens.saturating_add(entry.cached_tokens.into());
         row.completion_tokens = row.completion_tokens.saturating_add(entry.completion_tokens.into());
-        row.cost += cost;
+        let tokens = u64::from(entry.prompt_tokens).saturating_add(entry.completion_tokens.into());
+        row.unpriced = row.unpriced.saturating_add(tokens);
+        if let Some(cost) = cost_per_1k {
+            row.cost += std::mem::take(&mut row.unpriced) as f64 / 1000.0 * cost;
+        }
     }
 
     /// The rows of `key`, or all.
@@ -82,12 +89,25 @@ mod tests {
                 completion_tokens: 5,
                 ..Entry::default()
             };
-            ledger.book(&entry, 0.25);
+            ledger.book(&entry, Some(10.0));
         }
         let rows = ledger.rows(Some("a"));
         let [row] = rows.as_slice() else { panic!("one row: {rows:?}") };
         assert_eq!((row.requests, row.errors, row.prompt_tokens, row.completion_tokens), (2, 1, 20, 10));
-        assert_eq!((row.cached_tokens, row.cost), (8, 0.5));
+        assert_eq!((row.cached_tokens, row.cost), (8, 0.3));
         assert_eq!(ledger.rows(None).len(), 2);
+    }
+
+    #[test]
+    fn tokens_of_unknown_cost_are_paid_for_later() {
+        let ledger = Ledger::default();
+        let entry = Entry { key: "a".to_owned(), model: "m", prompt_tokens: 500, ..Entry::default() };
+        let cost = || ledger.rows(None).first().map(|row| row.cost);
+        ledger.book(&entry, None);
+        assert_eq!(cost(), Some(0.0));
+        ledger.book(&entry, Some(2.0));
+        assert_eq!(cost(), Some(2.0));
+        ledger.book(&entry, Some(1.0));
+        assert_eq!(cost(), Some(2.5));
     }
 }

@@ -22,7 +22,13 @@ impl CacheKey {
 pub(crate) fn key(state: &AppState, tenant: Tenant, route: &str, fields: &Fields) -> Option<CacheKey> {
     state.cache()?;
     let map = fields.map();
-    is_deterministic(map).then(|| digest(state.fingerprint(), tenant, route, map))
+    is_deterministic(map).then(|| {
+        // Names that are answered alike share their answers: an alias those of what it stands for, unless it is repeated.
+        let asked = map.get("model").and_then(Value::as_str).filter(|name| !name.is_empty());
+        let asked = asked.unwrap_or_else(|| state.default_model());
+        let answer = state.resolve(asked).map_or_else(|| asked.to_owned(), |name| name.answer);
+        digest(state.fingerprint(), tenant, (route, &answer), map)
+    })
 }
 
 fn is_deterministic(map: &Map<String, Value>) -> bool {
@@ -30,15 +36,21 @@ fn is_deterministic(map: &Map<String, Value>) -> bool {
     greedy || map.get("seed").is_some_and(Value::is_number)
 }
 
-fn digest(fingerprint: &str, tenant: Tenant, route: &str, map: &Map<String, Value>) -> CacheKey {
+/// `model` is what the answer will name; the name in `map` is not looked at.
+fn digest(
+    fingerprint: &str,
+    tenant: Tenant,
+    (route, model): (&str, &str),
+    map: &Map<String, Value>,
+) -> CacheKey {
     let mut hash = Sha256::new();
-    for part in [fingerprint.as_bytes(), route.as_bytes()] {
+    for part in [fingerprint.as_bytes(), route.as_bytes(), model.as_bytes()] {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
     hash.update(tenant.0);
     let mut text = String::new();
-    let known = map.iter().filter(|(name, _)| !WITHOUT_EFFECT.contains(&name.as_str()));
+    let known = map.iter().filter(|(name, _)| *name != "model" && !WITHOUT_EFFECT.contains(&name.as_str()));
     write_object(known, &mut text);
     hash.update(text.as_bytes());
     CacheKey(hash.finalize().into())
@@ -86,7 +98,7 @@ mod tests {
     use serde_json::json;
 
     fn of(tenant: u8, route: &str, value: Value) -> CacheKey {
-        digest("model", Tenant([tenant; 32]), route, value.as_object().unwrap())
+        digest("model", Tenant([tenant; 32]), (route, "m"), value.as_object().unwrap())
     }
 
     #[test]
@@ -103,7 +115,12 @@ mod tests {
         let key = of(1, "chat", base.clone());
         assert_ne!(of(2, "chat", base.clone()), key);
         assert_ne!(of(1, "completions", base.clone()), key);
-        assert_ne!(digest("other", Tenant([1; 32]), "chat", base.as_object().unwrap()), key);
+        let named = |fingerprint: &str, model: &str| {
+            digest(fingerprint, Tenant([1; 32]), ("chat", model), base.as_object().unwrap())
+        };
+        assert_eq!(named("model", "m"), key);
+        assert_ne!(named("other", "m"), key);
+        assert_ne!(named("model", "alias"), key);
         for (name, value) in [
             ("stream", json!(true)),
             ("max_tokens", json!(5)),

@@ -100,6 +100,20 @@ impl Outcome {
         [(Self::Hit, "hit"), (Self::Miss, "miss"), (Self::Stored, "stored"), (Self::Error, "error")];
 }
 
+/// `body` without the receipts of the request that was computed: they say nothing of one that was not.
+fn without_receipts(body: Bytes) -> Bytes {
+    // Inside a string of JSON the quotes would be escaped, so this is found nowhere but in a `usage`, and its object has no
+    // strings and no objects in it.
+    const BEGIN: &str = ",\"receipt\":{";
+    let Ok(text) = std::str::from_utf8(&body) else { return body };
+    let mut parts = text.split(BEGIN);
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        kept.push_str(part.split_once('}').map_or("", |(_, rest)| rest));
+    }
+    kept.into()
+}
+
 /// The cache of a server.
 pub(crate) struct ResponseCache {
     store: Store,
@@ -216,6 +230,7 @@ fn store(state: &AppState, key: CacheKey, stored: Stored) {
     if stored.body.len() > MAX_BODY {
         return;
     }
+    let stored = Stored { body: without_receipts(stored.body), ..stored };
     let state = state.clone();
     let keep = async move {
         let Some(cache) = state.cache() else { return };
@@ -234,6 +249,21 @@ fn store(state: &AppState, key: CacheKey, stored: Stored) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn receipts_are_not_kept() {
+        let event = |receipt: &str| {
+            format!(
+                r#"data: {{"text":",\"receipt\":{{x}}","usage":{{"total_tokens":3{receipt}}},"z":1}}\n\n"#
+            )
+        };
+        let receipt = r#","receipt":{"queue_ms":0.1,"tokens_per_second":null}"#;
+        let twice = event(receipt) + &event(receipt);
+        assert_eq!(without_receipts(twice.into()), event("") + &event(""));
+        for text in ["", "no usage"] {
+            assert_eq!(without_receipts(Bytes::from_static(text.as_bytes())), text);
+        }
+    }
 
     #[test]
     fn what_is_stored_comes_back_and_damage_does_not() {

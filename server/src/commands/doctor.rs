@@ -4,7 +4,7 @@ use std::io::Write;
 
 use ingle_engine::{Isa, gpu, isa, num_threads, set_num_threads};
 
-use super::load::available_memory_mib;
+use super::memory::available_mib;
 use crate::cli::DoctorArgs;
 use crate::launcher::CudaBuild;
 
@@ -41,7 +41,7 @@ pub fn doctor(args: &DoctorArgs) -> anyhow::Result<()> {
             "more threads than processors wait for each other: leave --threads at 0".to_owned(),
         ));
     }
-    match available_memory_mib() {
+    match available_mib() {
         Some(mib) => lines.push(("memory", format!("{mib} MiB can be had for weights and cache"))),
         None => lines.push(("memory", "the system does not tell".to_owned())),
     }

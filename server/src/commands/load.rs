@@ -12,6 +12,7 @@ use ingle_engine::{
     LoadOptions, ModelInfo, ModelRunner, Progress, Quantization, Sharing, Turn, gpu,
 };
 
+use super::memory;
 use crate::cli::{DeviceName, FloatType, KvTypeName, ModelArgs, QuantizationName};
 use crate::hub;
 use crate::state::{ModelCard, TextModel};
@@ -299,22 +300,11 @@ fn cache_budget(args: &ModelArgs, device: &Device) -> anyhow::Result<KvBudget> {
             return Ok(KvBudget::Measured { per_mille, step_tokens: step_tokens(args, device) });
         }
         None => {
-            available_memory_mib().map_or(DEFAULT_CACHE_MIB / 4, |free| (free / 4).min(DEFAULT_CACHE_MIB))
+            memory::available_mib().map_or(DEFAULT_CACHE_MIB / 4, |free| (free / 4).min(DEFAULT_CACHE_MIB))
         }
     };
     let bytes = mib.checked_mul(1 << 20);
     bytes.map(KvBudget::Bytes).with_context(|| format!("--kv-cache-memory {mib} is too large"))
-}
-
-/// Memory that can be had without swapping, within the limits of the control group.
-pub(super) fn available_memory_mib() -> Option<usize> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: usize = line.trim().trim_end_matches(" kB").parse().ok()?;
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)) >> 20);
-    Some((kib >> 10).min(group.unwrap_or(usize::MAX)))
 }
 
 fn report(

@@ -7,6 +7,7 @@ mod doctor;
 mod embed;
 mod load;
 mod load_encoder;
+mod memory;
 mod models;
 mod perplexity;
 mod register;

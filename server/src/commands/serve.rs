@@ -59,6 +59,7 @@ async fn serve_here(args: &ServeArgs) -> ExitCode {
     let config = ListenConfig {
         max_connections: connections.min(ListenConfig::default().max_connections),
         drain_timeout: Duration::from_secs(args.drain_timeout),
+        drain_delay: Duration::from_secs(args.drain_delay),
         ..ListenConfig::default()
     };
     let server = Server::start(listeners, config);

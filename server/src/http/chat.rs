@@ -62,7 +62,10 @@ pub(crate) async fn create(
         return Ok(response);
     }
 
-    let ids = encode(&state, conversation).await?;
+    // A prompt that is to be cut may have any length.
+    let max_len = state.limits().max_model_len;
+    let max = if common.truncate_prompt.is_some() { usize::MAX } else { max_len };
+    let ids = encode(&state, conversation, max).await?;
     let (prompt, max_tokens) = limits::fit(&state, &common, ids, max_tokens, "messages")?;
     let plan = plan(&common, logprobs, max_tokens);
     let tally = Tally::with_prompts([prompt.len()]);
@@ -101,13 +104,14 @@ pub(crate) async fn render(State(state): State<AppState>, request: Request) -> A
     let mut fields = body::read_fields(&state, request).await?;
     super::params::model(&state, &mut fields)?;
     let conversation = Conversation::read(&state, &mut fields)?;
-    let token_ids = encode(&state, conversation).await?;
+    let token_ids = encode(&state, conversation, usize::MAX).await?;
     let prompt = tokens::decode(&state, &state.text().tokenizer, token_ids.clone(), false).await?;
     Ok(Json(Rendered { token_ids, prompt }))
 }
 
-/// Renders and encodes on a worker thread. Special-token text inside messages stays text.
-pub(crate) async fn encode(state: &AppState, conversation: Conversation) -> ApiResult<Vec<u32>> {
+/// Renders and encodes on a worker thread. Special-token text inside messages stays text. What is plainly longer than
+/// `max` tokens is not tokenized but refused.
+pub(crate) async fn encode(state: &AppState, conversation: Conversation, max: usize) -> ApiResult<Vec<u32>> {
     let text = std::sync::Arc::clone(state.text());
     let Some(template) = text.template.clone() else {
         let message =
@@ -115,7 +119,7 @@ pub(crate) async fn encode(state: &AppState, conversation: Conversation) -> ApiR
         return Err(ApiError::invalid("messages", message));
     };
     let bytes = conversation.num_bytes();
-    let work = move || template.encode_chat(&text.tokenizer, &conversation.input());
+    let work = move || template.encode_chat_within(&text.tokenizer, &conversation.input(), max);
     state.pool().run(bytes, work).await.map_err(|error| tokens::text_error(error, "messages"))
 }
 

@@ -62,6 +62,10 @@ pub(crate) async fn create(
         return Ok(response);
     }
 
+    if let (Prompts::Texts(texts), None) = (&prompts, common.truncate_prompt) {
+        let (tokenizer, max) = (&state.text().tokenizer, state.limits().max_model_len);
+        texts.iter().try_for_each(|text| tokens::check_length(tokenizer, text, max, "prompt"))?;
+    }
     let (all_ids, texts) = encode(&state, prompts, add_special_tokens).await?;
     let mut ids = Vec::with_capacity(all_ids.len());
     let mut smallest = u32::MAX;

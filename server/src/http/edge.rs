@@ -31,6 +31,9 @@ const MAX_DRAIN: usize = 64 << 20;
 /// Time for that.
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 
+/// Routes that machines ask every few seconds: no trace of them, and no line in the log unless it tells everything.
+const PROBES: [&str; 4] = ["/health", "/ready", "/metrics", "/tier"];
+
 /// The client's request id if it is a fit one, else a new one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let fit = |value: &&HeaderValue| {
@@ -51,28 +54,36 @@ pub(crate) async fn observe(State(state): State<AppState>, mut request: Request,
     let method = method_label(request.method());
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
-    let span = tracing::info_span!(
-        "request",
-        request_id = id.to_str().unwrap_or(""),
-        method,
-        route,
-        otel.kind = tracing::field::Empty,
-        otel.name = tracing::field::Empty,
-        otel.status_code = tracing::field::Empty,
-    );
-    if state.config().traces {
+    let probe = PROBES.contains(&route);
+    let traced = state.config().traces && !probe;
+    let span = if probe {
+        tracing::debug_span!("probe", request_id = id.to_str().unwrap_or(""), method, route)
+    } else {
+        tracing::info_span!(
+            "request",
+            request_id = id.to_str().unwrap_or(""),
+            method,
+            route,
+            otel.kind = tracing::field::Empty,
+            otel.name = tracing::field::Empty,
+            otel.status_code = tracing::field::Empty,
+        )
+    };
+    if traced {
         telemetry::begin(&span, method, route, request.headers());
     }
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(X_REQUEST_ID, id);
     let status = response.status().as_u16();
     state.metrics().http_request(method, route, status);
-    if state.config().traces {
+    if traced {
         telemetry::http_status(&span, method, route, status);
     }
     span.in_scope(|| {
         let seconds = started.elapsed().as_secs_f64();
-        if status >= 500 {
+        if probe {
+            tracing::debug!(status, seconds, "answered");
+        } else if status >= 500 {
             tracing::warn!(status, seconds, "answered");
         } else {
             tracing::info!(status, seconds, "answered");

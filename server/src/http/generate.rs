@@ -138,9 +138,9 @@ fn admit(state: &AppState, record: &Record, requests: &[ValidatedRequest]) -> Ap
         if let Some(predicted) = predicted.filter(|predicted| *predicted > left) {
             state.metrics().refused(Refusal::Deadline);
             let message = format!(
-                "The first token is expected after {:.1} s, and the request has {:.1} s left.",
-                predicted.as_secs_f64(),
-                left.as_secs_f64()
+                "The first token is expected after {}, and the request has {} left.",
+                super::shown(predicted),
+                super::shown(left)
             );
             return Err(ApiError::new(ErrorKind::DeadlineUnreachable, message)
                 .with_retry_after(admission::round_up((predicted - left).as_secs_f64())));
@@ -356,6 +356,11 @@ impl Driver {
     fn finished(&mut self, choice: u16, reason: FinishReason, usage: Usage) {
         self.begun();
         self.counts.cached_tokens = usage.cached_tokens;
+        // The engine's own times: what is read here may have waited in the stream, all of it at once if it is short.
+        let time = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        self.counts.queue = time(usage.queue_seconds);
+        self.counts.prefill = time(usage.prefill_seconds);
+        self.counts.decode = time(usage.decode_seconds);
         self.last_usage = Some(usage);
         let idx = usize::from(choice);
         let Some(slot) = self.choices.get_mut(idx).filter(|slot| !slot.done) else { return };

@@ -200,11 +200,13 @@ pub(crate) fn new_id(prefix: &str) -> String {
 
 /// What a request that ran out of time is told.
 pub(crate) fn deadline(limit: Duration) -> ApiError {
-    let seconds = limit.as_secs_f64();
-    ApiError::new(
-        ErrorKind::Deadline,
-        format!("The request took longer than the {seconds:.1} seconds it had."),
-    )
+    ApiError::new(ErrorKind::Deadline, format!("The request took longer than the {} it had.", shown(limit)))
+}
+
+/// `time` for a message: in milliseconds below a second.
+pub(crate) fn shown(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds < 1.0 { format!("{:.1} ms", seconds * 1e3) } else { format!("{seconds:.1} s") }
 }
 
 /// Takes all pieces. If the client goes away, this future is dropped, and with it the engine's request.
@@ -229,5 +231,16 @@ pub(crate) async fn collect(
             result.unwrap_or_else(|_| Err(deadline(limit)))
         }
         () = state.cut().cancelled() => Err(draining()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_times_are_shown_in_milliseconds() {
+        let shown = [100, 1_500, 999_000, 1_000_000, 12_340_000].map(|us| shown(Duration::from_micros(us)));
+        assert_eq!(shown, ["0.1 ms", "1.5 ms", "999.0 ms", "1.0 s", "12.3 s"]);
     }
 }

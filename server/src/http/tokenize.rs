@@ -109,7 +109,7 @@ pub(crate) async fn tokenize(
                 });
             }
             let conversation = Conversation::read(&state, &mut fields)?;
-            chat::encode(&state, conversation).await?
+            chat::encode(&state, conversation, usize::MAX).await?
         }
     };
     let text = TokenText::of(subject.tokenizer());

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    error::{ApiError, ApiResult, ErrorKind, quote},
+    error::{ApiError, ApiResult, ErrorKind, hopeless_length, quote},
     state::AppState,
     text::{Specials, TextError, Tokenizer},
 };
@@ -49,6 +49,11 @@ impl TokenText {
     }
 }
 
+/// Refuses a text of which its mere length says that it cannot fit into `max` tokens. `param` is where it came from.
+pub(crate) fn check_length(tokenizer: &Tokenizer, text: &str, max: usize, param: &str) -> ApiResult<()> {
+    tokenizer.check_length(text, None, max).map_err(|error| text_error(error, param))
+}
+
 /// Encodes `texts` on a worker thread.
 pub(crate) async fn encode(
     state: &AppState,
@@ -81,6 +86,7 @@ pub(crate) fn text_error(error: TextError, param: &str) -> ApiError {
     let message = error.to_string();
     match error {
         TextError::TooLong { .. } => ApiError::new(ErrorKind::TooLarge, message).with_param(param),
+        TextError::TooManyTokens { at_least, max } => hopeless_length(at_least, max).with_param(param),
         TextError::TooComplex | TextError::OutputTooLong { .. } | TextError::NoTemplate => {
             ApiError::invalid(param, message)
         }
@@ -89,7 +95,9 @@ pub(crate) fn text_error(error: TextError, param: &str) -> ApiError {
         }
         TextError::Invalid(_) => ApiError::invalid("chat_template_kwargs", message),
         TextError::Busy => ApiError::new(ErrorKind::Overloaded, message),
-        TextError::Timeout { .. } => ApiError::new(ErrorKind::Overloaded, message).with_retry_after(5),
+        TextError::Timeout { .. } | TextError::GivenUp => {
+            ApiError::new(ErrorKind::Overloaded, message).with_retry_after(5)
+        }
         TextError::Load(_) | TextError::Internal => ApiError::internal(&message),
     }
 }

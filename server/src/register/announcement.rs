@@ -30,6 +30,8 @@ pub struct Model {
     pub task: String,
     /// Cost of a thousand tokens, where it is known.
     pub cost_per_1k: Option<f64>,
+    /// 95th percentile of whole requests in milliseconds, where it is known.
+    pub latency_p95: Option<f64>,
     /// Prompt plus answer at most.
     pub context: usize,
     /// Answer tokens at most.
@@ -50,6 +52,7 @@ impl Announcement {
                 own,
                 task: card.task.to_owned(),
                 cost_per_1k: card.cost_per_1k,
+                latency_p95: card.latency_p95,
                 context: card.context,
                 max_tokens: card.max_tokens,
             })

@@ -102,6 +102,10 @@ impl Adapter for LiteLlm {
         })
     }
 
+    fn keeps_the_card(&self) -> bool {
+        true
+    }
+
     fn deregister<'a>(&'a self, me: &'a Announcement) -> Told<'a, ()> {
         Box::pin(async move {
             for model in &me.models {

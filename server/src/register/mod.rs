@@ -6,6 +6,7 @@
 
 mod announcement;
 mod backoff;
+mod freshness;
 mod litellm;
 mod smg;
 mod target;
@@ -25,6 +26,7 @@ use utoipa::ToSchema;
 
 pub use announcement::Announcement;
 use backoff::Backoff;
+use freshness::Freshness;
 pub use target::{Target, TargetError};
 
 use crate::state::AppState;
@@ -74,6 +76,11 @@ pub trait Adapter: Send + Sync {
     fn heartbeat<'a>(&'a self, me: &'a Announcement) -> Told<'a, Presence>;
     /// Takes us off. Done when the router sends us nothing new.
     fn deregister<'a>(&'a self, me: &'a Announcement) -> Told<'a, ()>;
+    /// Whether the router keeps what a registration says, so that it must be told again when that has changed. Heartbeats
+    /// of others say everything, or nothing of it matters to them.
+    fn keeps_the_card(&self) -> bool {
+        false
+    }
     /// Asks whether the router knows us, and changes nothing.
     fn check<'a>(&'a self, me: &'a Announcement) -> Told<'a, Presence> {
         self.heartbeat(me)
@@ -237,12 +244,20 @@ impl Keeper {
         let router = router.unwrap_or_default();
         let mut backoff = Backoff::default();
         let mut known = false;
+        let mut told = Freshness::default();
         loop {
             let me = self.announcement();
+            let stale = known && self.adapter.keeps_the_card() && told.is_stale(Instant::now(), &me.models);
             let step = async {
                 match known {
                     false => self.adapter.register(&me).await.map(|()| Presence::Known),
-                    true => self.adapter.heartbeat(&me).await,
+                    // Only what the router still knows is replaced: what it has forgotten is registered anew, and counted.
+                    true => match self.adapter.heartbeat(&me).await? {
+                        Presence::Known if stale => {
+                            self.adapter.register(&me).await.map(|()| Presence::Known)
+                        }
+                        presence => Ok(presence),
+                    },
                 }
             };
             let outcome = tokio::select! {
@@ -261,6 +276,9 @@ impl Keeper {
                     });
                     if !known {
                         tracing::info!(router, "registered");
+                    }
+                    if !known || stale {
+                        told.told(Instant::now(), &me.models);
                     }
                     known = true;
                     backoff = Backoff::default();

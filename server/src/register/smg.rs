@@ -61,6 +61,9 @@ impl Smg {
                 "cost_per_1k": cost.to_string(),
             },
         });
+        if let Some(latency) = me.models.first().and_then(|model| model.latency_p95) {
+            spec["labels"]["latency_p95_ms"] = json!(format!("{latency:.1}"));
+        }
         if let Some(key) = &me.api_key {
             spec["api_key"] = json!(key);
         }
@@ -113,6 +116,10 @@ impl Adapter for Smg {
             self.set_id(found.as_ref().and_then(|worker| text(&worker["id"])));
             Ok(if found.is_some() { Presence::Known } else { Presence::Unknown })
         })
+    }
+
+    fn keeps_the_card(&self) -> bool {
+        true
     }
 
     fn deregister<'a>(&'a self, me: &'a Announcement) -> Told<'a, ()> {

@@ -152,6 +152,12 @@ impl Answer {
     }
 }
 
+/// The last of the errors that led to `error`. Those before it say where, and may repeat the address; it says what.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let last = std::iter::successors(error.source(), |error| error.source()).last();
+    last.map_or_else(|| "no answer".to_owned(), ToString::to_string)
+}
+
 impl Line {
     /// Sends `body` to `path` under the router's address.
     pub(super) async fn send(
@@ -160,12 +166,7 @@ impl Line {
         path: &str,
         body: Option<&serde_json::Value>,
     ) -> Result<Answer, super::AdapterError> {
-        let unreachable = |error: reqwest::Error| {
-            // The text of the error would repeat the address; its cause says what happened.
-            let cause =
-                std::error::Error::source(&error).map_or_else(|| "no answer".to_owned(), ToString::to_string);
-            super::AdapterError::Unreachable(cause)
-        };
+        let unreachable = |error: reqwest::Error| super::AdapterError::Unreachable(root_cause(&error));
         let mut request = self.client.request(method, format!("{}{path}", self.base));
         if let Some(key) = &self.key {
             request = request.bearer_auth(key);
@@ -189,6 +190,17 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_cause_is_told() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("connect to http://secret")]
+        struct Outer(#[source] std::io::Error);
+        let refused = || std::io::Error::from_raw_os_error(111);
+        let nested = Outer(std::io::Error::other(Outer(refused())));
+        assert_eq!(root_cause(&nested), refused().to_string());
+        assert_eq!(root_cause(&refused()), "no answer");
+    }
 
     #[test]
     fn addresses() {

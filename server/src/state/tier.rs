@@ -119,10 +119,8 @@ impl AppState {
 
     /// Books an ended request.
     pub(crate) fn book(&self, entry: &Entry<'_>) {
-        let rate = self.0.tier.cost_per_1k(Instant::now()).unwrap_or(0.0);
-        let tokens = u64::from(entry.prompt_tokens).saturating_add(entry.completion_tokens.into());
-        let cost = tokens as f64 / 1000.0 * rate;
-        self.0.ledger.book(entry, cost);
+        let cost_per_1k = self.0.tier.cost_per_1k(Instant::now(), entry.model);
+        self.0.ledger.book(entry, cost_per_1k);
         self.0.metrics.book(entry);
         if let Some(audit) = self.audit() {
             audit.write(entry);

@@ -12,6 +12,7 @@ pub mod guard;
 pub mod pool;
 pub mod precheck;
 pub mod pyjson;
+pub(crate) mod reach;
 pub mod splitter;
 pub mod stages;
 pub mod stop;
@@ -49,6 +50,17 @@ pub enum TextError {
         /// The deadline in force.
         seconds: u64,
     },
+    /// The text cannot fit the model, whatever its tokens are. A client error (400).
+    #[error("the text has at least {at_least} tokens; at most {max} fit")]
+    TooManyTokens {
+        /// Tokens that it has at least.
+        at_least: usize,
+        /// Tokens that fit.
+        max: usize,
+    },
+    /// Nobody waits for the result any more.
+    #[error("the work was given up")]
+    GivenUp,
     /// The model has no chat template. A client error (400).
     #[error("this model has no chat template; start the server with --chat-template, or use /v1/completions")]
     NoTemplate,

@@ -4,6 +4,7 @@
 //! tokenizer library, but here its work limit is an error instead of a text that is no longer split.
 //! Everything else is the library's own code.
 
+use crate::text::pool::given_up;
 use crate::text::splitter::Splitter;
 use crate::text::token_table::byte_chars;
 use serde_json::Value;
@@ -24,6 +25,8 @@ pub(crate) enum SplitError {
     TooLong(usize),
     /// A pattern hit the work limit of its engine.
     TooComplex,
+    /// Nobody waits for the result any more.
+    GivenUp,
     /// Anything else the library reports.
     Other(String),
 }
@@ -84,8 +87,10 @@ impl Stages {
         use tokenizers::{OffsetReferential::Normalized, OffsetType};
         if !self.direct {
             self.split(&mut text)?;
-            text.tokenize(|piece| model.tokenize(piece.get()))
-                .map_err(|e| SplitError::Other(e.to_string()))?;
+            text.tokenize(
+                |piece| if given_up() { Err("given up".into()) } else { model.tokenize(piece.get()) },
+            )
+            .map_err(|e| if given_up() { SplitError::GivenUp } else { SplitError::Other(e.to_string()) })?;
         }
         let mut buffer = String::new();
         for (piece, _, tokens) in text.get_splits(Normalized, OffsetType::None) {
@@ -119,6 +124,9 @@ impl Stages {
             pieces = next;
         }
         for (start, end) in pieces {
+            if given_up() {
+                return Err(SplitError::GivenUp);
+            }
             buffer.clear();
             buffer.extend(text[start..end].bytes().map(|b| byte_chars()[usize::from(b)]));
             let tokens = model.tokenize(buffer).map_err(|e| SplitError::Other(e.to_string()))?;
@@ -130,6 +138,9 @@ impl Stages {
     /// The general way, with the library's strings that remember where each character came from.
     fn split(&self, text: &mut PreTokenizedString) -> Result<(), SplitError> {
         for stage in &self.stages {
+            if given_up() {
+                return Err(SplitError::GivenUp);
+            }
             stage.apply(text)?;
         }
         Ok(())

@@ -175,6 +175,17 @@ impl ChatTemplate {
     /// Messages to token ids. The template's control tokens become tokens; the same names inside the client's
     /// strings stay ordinary text.
     pub fn encode_chat(&self, tokenizer: &Tokenizer, input: &ChatInput<'_>) -> Result<Vec<u32>, TextError> {
+        self.encode_chat_within(tokenizer, input, usize::MAX)
+    }
+
+    /// As [`ChatTemplate::encode_chat`]. What has more than `max` tokens by its mere length is refused before it is
+    /// tokenized; what passes may still have more.
+    pub fn encode_chat_within(
+        &self,
+        tokenizer: &Tokenizer,
+        input: &ChatInput<'_>,
+        max: usize,
+    ) -> Result<Vec<u32>, TextError> {
         let mut messages = input.messages.to_vec();
         let mut tools = input.tools.cloned();
         let mut kwargs = input.kwargs.map(|k| Value::Object(k.clone()));
@@ -192,6 +203,7 @@ impl ChatTemplate {
             Err(TextError::Template(message)) => return Err(TextError::Template(guard.strip(message))),
             Err(e) => return Err(e),
         };
+        tokenizer.check_length(&rendered, guard.mark(), max)?;
         tokenizer.encode_marked(&rendered, Specials::Parse, false, guard.mark())
     }
 

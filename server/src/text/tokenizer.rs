@@ -7,6 +7,7 @@
 use crate::text::TextError;
 use crate::text::frame::Frame;
 use crate::text::precheck;
+use crate::text::reach::Reach;
 use crate::text::stages::{SplitError, Stages};
 use crate::text::token_table::{DecodeKind, Lead, TokenTable};
 use serde_json::{Map, Value};
@@ -38,6 +39,8 @@ pub struct Tokenizer {
     table: TokenTable,
     /// What the model wants around a text.
     frame: Frame,
+    /// How much text a token can stand for, where that is bounded.
+    reach: Option<Reach>,
     /// `tokenizer_config.json`, for the chat template.
     config: Map<String, Value>,
     bos: Option<u32>,
@@ -96,6 +99,7 @@ impl Tokenizer {
     fn build(mut json: Value, config: Value) -> Result<Self, TextError> {
         precheck::check(&mut json).map_err(TextError::Load)?;
         let stages = Stages::new(&json["pre_tokenizer"]).map_err(TextError::Load)?;
+        let reach = Reach::of(&json);
         let decoder = json["decoder"].clone();
         let added_in_file = json["added_tokens"].clone();
         let inner: tokenizers::Tokenizer = serde_json::from_value(json)
@@ -121,7 +125,7 @@ impl Tokenizer {
         };
         let named = |name: &str| token_name(config.get(name)?).and_then(|text| inner.token_to_id(text));
         let (bos, eos) = (named("bos_token"), named("eos_token"));
-        Ok(Self { inner, literal, stages, table, frame, config, bos, eos })
+        Ok(Self { inner, literal, stages, table, frame, reach, config, bos, eos })
     }
 
     /// Encodes a few texts that have broken tokenizers, before the first client sends one.
@@ -153,6 +157,17 @@ impl Tokenizer {
         self.encode_marked(text, specials, add_special_tokens, None)
     }
 
+    /// Refuses a text that has more than `max` tokens by its mere length. `mark` is as in `encode_marked`.
+    pub(crate) fn check_length(&self, text: &str, mark: Option<&str>, max: usize) -> Result<(), TextError> {
+        let Some(reach) = self.reach else { return Ok(()) };
+        if reach.at_least(text, 0) <= max {
+            return Ok(());
+        }
+        let hidden = mark.map_or(0, |mark| text.matches(mark).count() * mark.len());
+        let at_least = reach.at_least(text, hidden);
+        if at_least > max { Err(TextError::TooManyTokens { at_least, max }) } else { Ok(()) }
+    }
+
     /// As [`Tokenizer::encode`]. Each occurrence of `mark` hides what it stands in from the search for added tokens,
     /// and is gone from the text that becomes ordinary tokens.
     pub(crate) fn encode_marked(
@@ -182,6 +197,7 @@ impl Tokenizer {
                 TextError::TooLong { bytes, limit: crate::text::stages::MAX_BACKTRACKING_BYTES }
             }
             SplitError::TooComplex => TextError::TooComplex,
+            SplitError::GivenUp => TextError::GivenUp,
             SplitError::Other(message) => {
                 tracing::error!(message, "the tokenizer library failed");
                 TextError::Internal

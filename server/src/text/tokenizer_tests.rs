@@ -195,6 +195,8 @@ proptest! {
                     let want = reference.encode(text.as_str(), around).expect("encodes");
                     let got = pair.ours.encode(&text, specials, around);
                     prop_assert_eq!(got.as_deref(), Ok(want.get_ids()), "tokenizer {} {:?} {:?}", index, specials, text);
+                    // A length that fits is never refused by the length of the text.
+                    prop_assert_eq!(pair.ours.check_length(&text, None, want.len()), Ok(()), "tokenizer {} {:?}", index, text);
                 }
             }
         }

@@ -290,10 +290,11 @@ impl Tier {
         (looks > 0.0).then(|| ready / looks * of_requests)
     }
 
-    /// The cost of a thousand tokens now, where it is known.
-    pub(crate) fn cost_per_1k(&self, now: Instant) -> Option<f64> {
+    /// The cost of a thousand tokens of `model` now, where it is known.
+    pub(crate) fn cost_per_1k(&self, now: Instant, model: &str) -> Option<f64> {
         let (rate, _) = lock(&self.engine).rates(now);
-        self.config.cost.per_thousand(rate)
+        let probed = || lock(self.models.get(model)?).probe?.tokens_per_second;
+        self.config.cost.per_thousand(rate.or_else(probed))
     }
 
     /// The card of `model` under `name`; `None` for a model that is not served.
@@ -389,6 +390,16 @@ mod tests {
         assert_eq!(card.cost_per_1k, Some(0.5));
         let card = tier.card(start + 20 * SECOND, "m", "m").expect("a card");
         assert_eq!((card.latency_p95, card.measured.source), (Some(7.0), Some("probe")));
+    }
+
+    #[test]
+    fn until_the_engine_has_counted_the_probe_tells_the_cost() {
+        let (tier, now) = (tier(Cost::PerHour(3.6)), Instant::now());
+        assert_eq!(tier.cost_per_1k(now, "m"), None);
+        tier.probed("m", probe::Probed { tokens_per_second: Some(100.0), ..probe::Probed::default() });
+        assert_eq!(tier.cost_per_1k(now, "m"), Some(0.01));
+        assert_eq!(tier.cost_per_1k(now, "m"), tier.card(now, "m", "m").expect("a card").cost_per_1k);
+        assert_eq!(tier.cost_per_1k(now, "other"), None);
     }
 
     fn stats(busy_seconds: f64, tokens: u64, done: u64) -> EngineStats {

@@ -38,6 +38,7 @@ use inputs::Encoded;
 /// Numbers of an answer above which it is written on a worker thread.
 const LARGE_ANSWER: usize = 1 << 16;
 
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 const X_DROPPED_TOKENS: HeaderName = HeaderName::from_static("x-dropped-tokens");
 
 /// What a model that encodes is to do, in words for a 400.
@@ -246,7 +247,8 @@ pub(crate) fn activate(logit: f32, activation: ScoreActivation) -> f32 {
     }
 }
 
-/// Writes `body`, a large one on a worker thread, and says how many tokens were dropped and what was ignored.
+/// Writes `body`, a large one on a worker thread, and says where the time went, how many tokens were dropped and what was
+/// ignored.
 pub(crate) async fn respond<T: Serialize + Send + 'static>(
     state: &AppState,
     body: T,
@@ -261,6 +263,13 @@ pub(crate) async fn respond<T: Serialize + Send + 'static>(
         ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], bytes).into_response();
     if dropped > 0 {
         response.headers_mut().insert(X_DROPPED_TOKENS, HeaderValue::from(dropped));
+    }
+    if let Some((queue, compute)) = record::current().and_then(|record| record.times()) {
+        let [queue, compute] = [queue, compute].map(|time| time.as_secs_f64() * 1e3);
+        let timing = format!("queue;dur={queue:.3}, compute;dur={compute:.3}");
+        if let Ok(value) = HeaderValue::from_str(&timing) {
+            response.headers_mut().insert(SERVER_TIMING, value);
+        }
     }
     ignored_header(&mut response, ignored);
     Ok(response)
