@@ -160,10 +160,11 @@ pub struct EncoderArgs {
     /// Model that scores pairs of a query and a document (a cross-encoder): folder or hub id.
     #[arg(long, env = "INGLE_RERANKER")]
     pub reranker: Option<String>,
-    /// Names the (first) embedding model answers to, separated by commas; the first is its own.
+    /// Names the (first) embedding model answers to, separated by commas; the first is its own [default: the folder's
+    /// name; of a hub id the id and its last part].
     #[arg(long, env = "INGLE_EMBEDDING_SERVED_NAME", value_delimiter = ',')]
     pub embedding_served_name: Vec<String>,
-    /// Names the reranker answers to, separated by commas; the first is its own.
+    /// Names the reranker answers to, separated by commas; the first is its own [default: as above].
     #[arg(long, env = "INGLE_RERANKER_SERVED_NAME", value_delimiter = ',')]
     pub reranker_served_name: Vec<String>,
     /// Address (IP:PORT) that serves and lists only these models, for gateways that want one model per URL; several:

@@ -315,3 +315,53 @@ async fn texts_are_tokenised_as_the_encoder_reads_them() {
     let over = server.post("/detokenize", &json!({"tokens": [1_000_000]})).await;
     assert_eq!((over.status, &over.error()["param"]), (400, &json!("tokens")));
 }
+
+/// A folder of models as the demo leaves it, with the fixture `name` as `called`.
+fn home_with(name: &str, called: &str) -> tempfile::TempDir {
+    let home = tempfile::tempdir().expect("a folder");
+    let mut todo =
+        vec![(std::path::PathBuf::from(encoder(name)), home.path().join("models").join(called))];
+    while let Some((from, to)) = todo.pop() {
+        std::fs::create_dir_all(&to).expect("a folder");
+        for entry in std::fs::read_dir(from).expect("the fixture").flatten() {
+            let target = to.join(entry.file_name());
+            if entry.path().is_dir() {
+                todo.push((entry.path(), target));
+            } else {
+                std::fs::copy(entry.path(), target).expect("copied");
+            }
+        }
+    }
+    home
+}
+
+#[tokio::test]
+async fn a_hub_id_is_also_known_by_its_last_part() {
+    let home = home_with("mpnet", "all-mpnet-base-v2");
+    let id = "sentence-transformers/all-mpnet-base-v2";
+    for model in ["default", id] {
+        let server = Launch::without_model()
+            .args(["--embedding-model", model])
+            .env("INGLE_HOME", home.path())
+            .start()
+            .await;
+        for name in [id, "all-mpnet-base-v2"] {
+            let answer = server.post(EMBEDDINGS, &json!({"input": "a", "model": name})).await;
+            assert_eq!(answer.ok()["model"], name);
+        }
+        let list = server.get("/v1/models").await;
+        let told = list.ok()["data"].as_array().expect("models").clone();
+        let told: Vec<_> = told.iter().map(|model| (&model["id"], &model["parent"])).collect();
+        assert_eq!(told, [(&json!(id), &Value::Null), (&json!("all-mpnet-base-v2"), &json!(id))]);
+    }
+    // What the short name already means it goes on to mean.
+    let own = ["--served-model-name", "all-mpnet-base-v2"];
+    let alias = ["--served-model-name", "llama", "--alias", "all-mpnet-base-v2=llama"];
+    for flags in [&own[..], &alias[..]] {
+        let launch = Launch::tiny().args(flags).args(["--embedding-model", "default"]);
+        let server = launch.env("INGLE_HOME", home.path()).start().await;
+        let answer = server.post(EMBEDDINGS, &json!({"input": "a", "model": "all-mpnet-base-v2"})).await;
+        assert!(answer.status == 400 && answer.text.contains("'generate'"), "{}", answer.text);
+        assert_eq!(server.post(EMBEDDINGS, &json!({"input": "a", "model": id})).await.status, 200);
+    }
+}
