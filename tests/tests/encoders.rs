@@ -365,3 +365,31 @@ async fn a_hub_id_is_also_known_by_its_last_part() {
         assert_eq!(server.post(EMBEDDINGS, &json!({"input": "a", "model": id})).await.status, 200);
     }
 }
+
+#[tokio::test]
+async fn embeddings_are_cut_to_the_dimensions_that_are_allowed() {
+    let text = "the cat sat on the mat";
+    let server = serve(&["--embedding-model", &encoder("mpnet"), "--embedding-dimensions", "8,4"]).await;
+    let whole = vectors(&server.post(EMBEDDINGS, &json!({"input": text})).await).remove(0);
+    for dimensions in [8, 4, whole.len()] {
+        let body = json!({"input": text, "dimensions": dimensions});
+        let cut = vectors(&server.post(EMBEDDINGS, &body).await).remove(0);
+        assert_eq!(cut.len(), dimensions);
+        let norm = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((norm(&cut) - 1.0).abs() < 1e-4, "{}", norm(&cut));
+        let scale = norm(&whole[..dimensions]);
+        assert!(cut.iter().zip(&whole).all(|(x, y)| (x - y / scale).abs() < 1e-5), "{cut:?} of {whole:?}");
+        let tei = server.post("/embed", &json!({"inputs": text, "dimensions": dimensions})).await;
+        assert_eq!(floats(&tei.ok()[0]), cut);
+    }
+    let refused = server.post(EMBEDDINGS, &json!({"input": text, "dimensions": 5})).await;
+    assert_eq!((refused.status, &refused.error()["param"]), (400, &json!("dimensions")));
+    assert!(refused.text.contains("4, 8"), "{}", refused.text);
+    // Every number; and a number that is none of the model.
+    let server = serve(&["--embedding-model", &encoder("bert"), "--embedding-dimensions", "any"]).await;
+    let five = server.post(EMBEDDINGS, &json!({"input": text, "dimensions": 5})).await;
+    assert_eq!(vectors(&five)[0].len(), 5);
+    let flags = ["--embedding-model", &encoder("bert"), "--embedding-dimensions", "100000"];
+    let run = ingle_tests::ingle(&[&["serve", "--port", "0"], &flags[..]].concat());
+    assert!(run.code == Some(1) && run.error().contains("--embedding-dimensions 100000"), "{run:?}");
+}
