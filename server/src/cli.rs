@@ -5,6 +5,7 @@
 //! wins over the environment, the environment over the file, the file over the default.
 
 mod device;
+mod dimensions;
 mod tier;
 
 use std::ffi::OsString;
@@ -18,6 +19,7 @@ pub mod bench;
 
 use bench::BenchArgs;
 pub use device::DeviceName;
+pub use dimensions::{Dimensions, widths};
 pub use tier::{RegisterArgs, TierArgs};
 
 /// Ingle serves language models on your own machine: the LOCAL tier behind a model router.
@@ -160,10 +162,11 @@ pub struct EncoderArgs {
     /// Model that scores pairs of a query and a document (a cross-encoder): folder or hub id.
     #[arg(long, env = "INGLE_RERANKER")]
     pub reranker: Option<String>,
-    /// Names the (first) embedding model answers to, separated by commas; the first is its own.
+    /// Names the (first) embedding model answers to, separated by commas; the first is its own [default: the folder's
+    /// name; of a hub id the id and its last part].
     #[arg(long, env = "INGLE_EMBEDDING_SERVED_NAME", value_delimiter = ',')]
     pub embedding_served_name: Vec<String>,
-    /// Names the reranker answers to, separated by commas; the first is its own.
+    /// Names the reranker answers to, separated by commas; the first is its own [default: as above].
     #[arg(long, env = "INGLE_RERANKER_SERVED_NAME", value_delimiter = ',')]
     pub reranker_served_name: Vec<String>,
     /// Address (IP:PORT) that serves and lists only these models, for gateways that want one model per URL; several:
@@ -180,6 +183,10 @@ pub struct EncoderArgs {
     /// Round the weights to fewer bits while they are loaded (not with Metal).
     #[arg(long, env = "INGLE_EMBEDDING_QUANTIZATION", default_value = "none")]
     pub embedding_quantization: QuantizationName,
+    /// Numbers that embeddings may be cut to with `dimensions`, besides those that the model's own config.json names: for
+    /// models that were trained for it and do not say so. Several: separate by commas; `any`: every number.
+    #[arg(long, env = "INGLE_EMBEDDING_DIMENSIONS", value_delimiter = ',', value_name = "N|any")]
+    pub embedding_dimensions: Vec<Dimensions>,
     /// Tokens of one batch at most. Batches are cut shorter than that by the speed measured.
     #[arg(long, env = "INGLE_MAX_BATCH_TOKENS", default_value_t = 16_384)]
     pub max_batch_tokens: usize,
@@ -236,6 +243,9 @@ pub struct EmbedArgs {
     /// Fewer numbers a text, where the model was trained for it.
     #[arg(long)]
     pub dimensions: Option<usize>,
+    /// Numbers that --dimensions may be, besides those that the model's own config.json names; `any`: every number.
+    #[arg(long, env = "INGLE_EMBEDDING_DIMENSIONS", value_delimiter = ',', value_name = "N|any")]
+    pub embedding_dimensions: Vec<Dimensions>,
     /// Fail at a text that is too long for the model; else it is cut, and told.
     #[arg(long)]
     pub no_truncate: bool,

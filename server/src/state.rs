@@ -134,6 +134,8 @@ pub struct EncoderModel {
     pub handle: EncoderHandle,
     /// Text to token ids.
     pub tokenizer: Arc<Tokenizer>,
+    /// Widths below its own, ascending, that its embeddings may be cut to.
+    pub widths: Vec<usize>,
     /// What `/v1/models` says about it.
     pub card: ModelCard,
 }

@@ -44,6 +44,15 @@ async fn lines_become_the_vectors_that_the_server_gives() {
         bytes[128..].chunks(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
     assert_eq!(numbers, wanted.concat());
 
+    // Cut, with the word of whoever asks that the model was trained for it.
+    let cut = [&["embed", &path("in.txt"), "--dimensions", "4"][..], &flags].concat();
+    let refused = ingle(&cut);
+    assert!(refused.code == Some(1) && refused.error().contains("--embedding-dimensions 4"), "{refused:?}");
+    let run = ingle(&[&cut[..], &["--embedding-dimensions", "4"]].concat());
+    let line: Value = serde_json::from_str(run.stdout.lines().next().expect("a line")).expect("JSON");
+    let (row, norm) = (floats(&line["embedding"]), wanted[0][..4].iter().map(|x| x * x).sum::<f32>().sqrt());
+    assert!(row.len() == 4 && (row[0] - wanted[0][0] / norm).abs() < 1e-5, "{row:?} of {:?}", wanted[0]);
+
     // Standard input.
     let mut child = command()
         .args(["embed", "-"])

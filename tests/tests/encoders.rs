@@ -316,3 +316,81 @@ async fn texts_are_tokenised_as_the_encoder_reads_them() {
     let over = server.post("/detokenize", &json!({"tokens": [1_000_000]})).await;
     assert_eq!((over.status, &over.error()["param"]), (400, &json!("tokens")));
 }
+
+/// A folder of models as the demo leaves it, with the fixture `name` as `called`.
+fn home_with(name: &str, called: &str) -> tempfile::TempDir {
+    let home = tempfile::tempdir().expect("a folder");
+    let mut todo =
+        vec![(std::path::PathBuf::from(encoder(name)), home.path().join("models").join(called))];
+    while let Some((from, to)) = todo.pop() {
+        std::fs::create_dir_all(&to).expect("a folder");
+        for entry in std::fs::read_dir(from).expect("the fixture").flatten() {
+            let target = to.join(entry.file_name());
+            if entry.path().is_dir() {
+                todo.push((entry.path(), target));
+            } else {
+                std::fs::copy(entry.path(), target).expect("copied");
+            }
+        }
+    }
+    home
+}
+
+#[tokio::test]
+async fn a_hub_id_is_also_known_by_its_last_part() {
+    let home = home_with("mpnet", "all-mpnet-base-v2");
+    let id = "sentence-transformers/all-mpnet-base-v2";
+    for model in ["default", id] {
+        let server = Launch::without_model()
+            .args(["--embedding-model", model])
+            .env("INGLE_HOME", home.path())
+            .start()
+            .await;
+        for name in [id, "all-mpnet-base-v2"] {
+            let answer = server.post(EMBEDDINGS, &json!({"input": "a", "model": name})).await;
+            assert_eq!(answer.ok()["model"], name);
+        }
+        let list = server.get("/v1/models").await;
+        let told = list.ok()["data"].as_array().expect("models").clone();
+        let told: Vec<_> = told.iter().map(|model| (&model["id"], &model["parent"])).collect();
+        assert_eq!(told, [(&json!(id), &Value::Null), (&json!("all-mpnet-base-v2"), &json!(id))]);
+    }
+    // What the short name already means it goes on to mean.
+    let own = ["--served-model-name", "all-mpnet-base-v2"];
+    let alias = ["--served-model-name", "llama", "--alias", "all-mpnet-base-v2=llama"];
+    for flags in [&own[..], &alias[..]] {
+        let launch = Launch::tiny().args(flags).args(["--embedding-model", "default"]);
+        let server = launch.env("INGLE_HOME", home.path()).start().await;
+        let answer = server.post(EMBEDDINGS, &json!({"input": "a", "model": "all-mpnet-base-v2"})).await;
+        assert!(answer.status == 400 && answer.text.contains("'generate'"), "{}", answer.text);
+        assert_eq!(server.post(EMBEDDINGS, &json!({"input": "a", "model": id})).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn embeddings_are_cut_to_the_dimensions_that_are_allowed() {
+    let text = "the cat sat on the mat";
+    let server = serve(&["--embedding-model", &encoder("mpnet"), "--embedding-dimensions", "8,4"]).await;
+    let whole = vectors(&server.post(EMBEDDINGS, &json!({"input": text})).await).remove(0);
+    for dimensions in [8, 4, whole.len()] {
+        let body = json!({"input": text, "dimensions": dimensions});
+        let cut = vectors(&server.post(EMBEDDINGS, &body).await).remove(0);
+        assert_eq!(cut.len(), dimensions);
+        let norm = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        assert!((norm(&cut) - 1.0).abs() < 1e-4, "{}", norm(&cut));
+        let scale = norm(&whole[..dimensions]);
+        assert!(cut.iter().zip(&whole).all(|(x, y)| (x - y / scale).abs() < 1e-5), "{cut:?} of {whole:?}");
+        let tei = server.post("/embed", &json!({"inputs": text, "dimensions": dimensions})).await;
+        assert_eq!(floats(&tei.ok()[0]), cut);
+    }
+    let refused = server.post(EMBEDDINGS, &json!({"input": text, "dimensions": 5})).await;
+    assert_eq!((refused.status, &refused.error()["param"]), (400, &json!("dimensions")));
+    assert!(refused.text.contains("4, 8"), "{}", refused.text);
+    // Every number; and a number that is none of the model.
+    let server = serve(&["--embedding-model", &encoder("bert"), "--embedding-dimensions", "any"]).await;
+    let five = server.post(EMBEDDINGS, &json!({"input": text, "dimensions": 5})).await;
+    assert_eq!(vectors(&five)[0].len(), 5);
+    let flags = ["--embedding-model", &encoder("bert"), "--embedding-dimensions", "100000"];
+    let run = ingle_tests::ingle(&[&["serve", "--port", "0"], &flags[..]].concat());
+    assert!(run.code == Some(1) && run.error().contains("--embedding-dimensions 100000"), "{run:?}");
+}

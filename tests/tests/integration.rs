@@ -7,6 +7,7 @@ mod bench_reports;
 mod cancellation;
 mod checkpoints;
 mod cli;
+mod comparisons;
 mod drills;
 mod embed_command;
 mod encoder_errors;

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::load::Find;
 use super::load_encoder::{How, load};
-use crate::cli::{EmbedArgs, LineFormat};
+use crate::cli::{EmbedArgs, LineFormat, widths};
 use crate::text::{Side, Specials, Tokenizer};
 
 /// Texts of a group.
@@ -51,11 +51,15 @@ pub fn embed(args: &EmbedArgs) -> anyhow::Result<()> {
         // Nobody need listen there.
         let _ = writeln!(std::io::stderr(), "{}", loaded.report.join("\n"));
     }
+    let widths = widths(&args.embedding_dimensions, info.matryoshka.as_deref(), info.dimensions);
+    let widths = widths.map_err(anyhow::Error::msg)?;
     let dimensions = match args.dimensions {
         None => info.dimensions,
-        Some(wanted) if wanted == info.dimensions => wanted,
-        Some(wanted) if info.matryoshka.as_ref().is_some_and(|list| list.contains(&wanted)) => wanted,
-        Some(wanted) => bail!("--dimensions {wanted}: the model was not trained to be cut to that"),
+        Some(wanted) if wanted == info.dimensions || widths.contains(&wanted) => wanted,
+        Some(wanted) => bail!(
+            "--dimensions {wanted}: the model does not say that it was trained to be cut to that; if it was, give \
+             --embedding-dimensions {wanted}, too"
+        ),
     };
     let prompt = match &args.prompt_name {
         None => info.default_prompt.as_ref().and_then(|name| info.prompts.get(name)).cloned(),

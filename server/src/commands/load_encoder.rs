@@ -12,7 +12,7 @@ use ingle_engine::embed::{
 use ingle_engine::{DType, Progress, Quantization, Turn};
 
 use super::load::{Find, device, find, float_type, local_models, progress_bar, quantization, root};
-use crate::cli::{DeviceName, EncoderArgs, FloatType, QuantizationName};
+use crate::cli::{DeviceName, EncoderArgs, FloatType, QuantizationName, widths};
 use crate::state::{EncoderModel, ModelCard};
 use crate::text::Tokenizer;
 
@@ -143,13 +143,20 @@ fn report(path: &Path, info: &EncoderInfo, begin: Instant) -> Vec<String> {
 /// Starts the thread of `loaded`. `names`: what it is to be called; none: as its folder or hub id.
 ///
 /// # Errors
-/// If the system gives no thread.
+/// If a width of `--embedding-dimensions` is none of the model, or the system gives no thread.
 pub(super) fn start(
     loaded: LoadedEncoder,
     mut names: Vec<String>,
     args: &EncoderArgs,
     turn: Option<Turn>,
 ) -> anyhow::Result<EncoderModel> {
+    let info = loaded.encoder.info();
+    let widths = match info.task {
+        EncoderTask::Embed => widths(&args.embedding_dimensions, info.matryoshka.as_deref(), info.dimensions)
+            .map_err(anyhow::Error::msg)
+            .with_context(|| loaded.root.clone())?,
+        EncoderTask::Rerank => Vec::new(),
+    };
     if names.is_empty() {
         names.push(loaded.root.clone());
     }
@@ -160,5 +167,5 @@ pub(super) fn start(
     };
     let handle = EncoderHandle::spawn(loaded.encoder, config, turn)
         .context("the encoder's thread could not be started")?;
-    Ok(EncoderModel { names, handle, tokenizer: loaded.tokenizer, card: ModelCard::new(loaded.root) })
+    Ok(EncoderModel { names, handle, tokenizer: loaded.tokenizer, widths, card: ModelCard::new(loaded.root) })
 }

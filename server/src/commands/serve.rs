@@ -214,8 +214,34 @@ fn load_all(args: &ServeArgs) -> anyhow::Result<(Models, Vec<String>)> {
         report.splice(..0, loaded.report);
         models.generator = Some(Generator { engine: loaded.engine, text: loaded.text, card: loaded.card });
     }
+    add_short_names(args, &mut models);
     check_names(args, &models)?;
     Ok((models, report))
+}
+
+/// An encoder that is called by its hub id also answers to the id's last part, unless that means something else already.
+fn add_short_names(args: &ServeArgs, models: &mut Models) {
+    let short = |name: &str| name.rsplit_once('/').map(|(_, last)| last.to_owned());
+    // What its root was is what it is called only where no name was given.
+    let wanted: Vec<Option<String>> = models
+        .encoders
+        .iter()
+        .map(|encoder| match encoder.names.as_slice() {
+            [only] if *only == encoder.card.root => short(only),
+            _ => None,
+        })
+        .collect();
+    let mut taken: Vec<String> = args.served_model_name.clone();
+    taken.extend(models.generator.iter().map(|generator| generator.card.root.clone()));
+    taken.extend(models.encoders.iter().flat_map(|encoder| encoder.names.clone()));
+    taken.extend(args.tier.alias.iter().map(|alias| alias.split('=').next().unwrap_or("").trim().to_owned()));
+    for (encoder, name) in models.encoders.iter_mut().zip(&wanted) {
+        let Some(name) = name else { continue };
+        let is_only = wanted.iter().flatten().filter(|other| *other == name).count() == 1;
+        if is_only && !taken.contains(name) {
+            encoder.names.push(name.clone());
+        }
+    }
 }
 
 /// No name may mean two models.

@@ -5,7 +5,7 @@ use axum::{
     response::Response,
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
-use ingle_engine::embed::{EncoderInfo, EncoderTask};
+use ingle_engine::embed::EncoderTask;
 
 use super::{Truncation, inputs, model, normalize, respond, rows, times};
 use crate::http::{
@@ -15,7 +15,7 @@ use crate::http::{
 };
 use crate::{
     error::{ApiError, ApiResult},
-    state::AppState,
+    state::{AppState, EncoderModel},
 };
 
 /// Answers an embeddings request.
@@ -40,7 +40,7 @@ pub(crate) async fn create(State(state): State<AppState>, request: Request) -> A
             ));
         }
     };
-    let dimensions = dimensions(info, &mut fields)?;
+    let dimensions = dimensions(&encoder, &mut fields)?;
     fields.string("user")?;
     let num_special = encoder.tokenizer.frame().num_special();
     let truncation = Truncation::read(&state, &encoder, &mut fields, num_special)?;
@@ -68,25 +68,26 @@ pub(crate) async fn create(State(state): State<AppState>, request: Request) -> A
     respond(&state, list, num_numbers, dropped.iter().sum(), ignored).await
 }
 
-/// Reads `dimensions`: what the model was trained to be cut to, or its own width.
-pub(super) fn dimensions(info: &EncoderInfo, fields: &mut Fields) -> ApiResult<usize> {
+/// Reads `dimensions`: what the model may be cut to, or its own width.
+pub(super) fn dimensions(encoder: &EncoderModel, fields: &mut Fields) -> ApiResult<usize> {
     const NAME: &str = "dimensions";
+    let info = encoder.handle.info();
     let Some(wanted) = fields.int::<usize>(NAME, 1, info.dimensions.max(1) as i128)? else {
         return Ok(info.dimensions);
     };
-    let trained = info.matryoshka.as_deref().unwrap_or_default();
-    if wanted == info.dimensions || trained.contains(&wanted) {
+    let widths = encoder.widths.as_slice();
+    if wanted == info.dimensions || widths.contains(&wanted) {
         return Ok(wanted);
     }
     let own = info.dimensions;
-    let message = if trained.is_empty() {
-        format!("The model has {own} dimensions and was not trained to be cut to fewer.")
-    } else {
-        let list: Vec<String> = trained.iter().map(ToString::to_string).collect();
+    let message = if widths.is_empty() {
         format!(
-            "'{NAME}' must be {own} or one of {}, to which the model was trained to be cut.",
-            list.join(", ")
+            "The model has {own} dimensions and does not say that it was trained to be cut to fewer; if it was, start \
+             the server with --embedding-dimensions."
         )
+    } else {
+        let list: Vec<String> = widths.iter().map(ToString::to_string).collect();
+        format!("'{NAME}' must be {own} or one of {}, to which the model may be cut.", list.join(", "))
     };
     Err(ApiError::invalid(NAME, message))
 }

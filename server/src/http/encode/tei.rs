@@ -32,7 +32,7 @@ pub(crate) async fn embed(State(state): State<AppState>, request: Request) -> Ap
     let (encoder, _) = model(&state, &mut fields, &[EncoderTask::Embed])?;
     let info = encoder.handle.info();
     let scaled = fields.bool("normalize")?.unwrap_or(true);
-    let dimensions = embeddings::dimensions(info, &mut fields)?;
+    let dimensions = embeddings::dimensions(&encoder, &mut fields)?;
     let num_special = encoder.tokenizer.frame().num_special();
     let truncation = Truncation::read(&state, &encoder, &mut fields, num_special)?;
     let prompt = inputs::read_prompt(&encoder, &mut fields)?;
