@@ -48,7 +48,7 @@ fn pool_rows(rows: &[f32], width: usize, mode: PoolingMode, pooled: &mut Vec<f32
 }
 
 /// Scales each row of `width` to length 1; a row of zeros stays.
-pub(crate) fn normalize(rows: &mut [f32], width: usize) {
+pub fn normalize(rows: &mut [f32], width: usize) {
     for row in rows.chunks_exact_mut(width) {
         let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
         row.iter_mut().for_each(|x| *x /= norm);
