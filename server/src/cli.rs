@@ -169,10 +169,13 @@ pub struct EncoderArgs {
     /// Names the reranker answers to, separated by commas; the first is its own [default: as above].
     #[arg(long, env = "INGLE_RERANKER_SERVED_NAME", value_delimiter = ',')]
     pub reranker_served_name: Vec<String>,
-    /// Address (IP:PORT) that serves and lists only these models, for gateways that want one model per URL; several:
-    /// repeat or separate by commas.
+    /// Address (IP:PORT) that serves and lists only these models, for gateways that want one model per URL; with
+    /// --reranker-listen only those that embed. Several: repeat or separate by commas.
     #[arg(long, env = "INGLE_EMBEDDING_LISTEN", value_delimiter = ',')]
     pub embedding_listen: Vec<SocketAddr>,
+    /// Address (IP:PORT) that serves and lists only the reranker; several: repeat or separate by commas.
+    #[arg(long, env = "INGLE_RERANKER_LISTEN", value_delimiter = ',')]
+    pub reranker_listen: Vec<SocketAddr>,
     /// Share of computing time, 0.01 to 0.99, that these models may count on while the generating model has work, too;
     /// what one does not use is the other's. A running chat is slowed down by 1 / (1 - share) at most.
     #[arg(long, env = "INGLE_EMBEDDING_SHARE", default_value_t = DEFAULT_EMBEDDING_SHARE, value_parser = share)]

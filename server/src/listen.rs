@@ -154,6 +154,12 @@ impl Listener {
         self
     }
 
+    /// What it serves.
+    #[must_use]
+    pub fn view(&self) -> View {
+        self.view
+    }
+
     async fn accept(&self) -> io::Result<Accepted> {
         match &self.socket {
             Socket::Tcp(listener) => {
@@ -222,7 +228,10 @@ impl Server {
         let Self { shared, accepting } = self;
         // The first look is before the first request, so that the card is never without one.
         state.tick();
-        shared.serve(app, http::app_of(state.clone(), View::Encoders));
+        shared.serve(|view| match view {
+            View::All => app.clone(),
+            other => http::app_of(state.clone(), other),
+        });
         let mut died = false;
         let watching = tokio::spawn(watch_engine(state.clone()));
         tokio::select! {

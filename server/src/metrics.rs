@@ -16,7 +16,7 @@ use ingle_engine::{ComputeArbiter, EngineStats, Health, Limits, Usage};
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
-use crate::state::EncoderModel;
+use crate::state::{EncoderModel, ModelCard};
 use crate::{
     accounts::audit::Entry,
     cache::Outcome,
@@ -338,6 +338,26 @@ impl Metrics {
         self.encoders = encoders.iter().map(|encoder| EncoderMetrics::new(&self.recorder, encoder)).collect();
         self.compute = shared.then(|| ComputeMetrics::new(&self.recorder));
         self
+    }
+
+    /// What the generating model `name` takes of the memory; it does not change.
+    pub(crate) fn memory(&self, name: &str, card: &ModelCard) {
+        let gauges: [(&'static str, &'static str, Option<u64>); 2] = [
+            ("ingle_model_weight_bytes", "Bytes of the generating model's weights.", card.weight_bytes),
+            ("ingle_kv_cache_bytes", "Bytes that cached keys and values may take.", card.kv_cache_bytes),
+        ];
+        for (gauge, help, bytes) in gauges {
+            if let Some(bytes) = bytes {
+                self.set(gauge, help, &[("model_name", name)], bytes as f64);
+            }
+        }
+    }
+
+    /// A request to the encoder `name` that was refused or failed.
+    pub(crate) fn not_encoded(&self, name: &str) {
+        if let Some(metrics) = self.encoders.iter().find(|metrics| metrics.name == name) {
+            metrics.fail();
+        }
     }
 
     /// A request that the encoder `name` has answered.

@@ -25,10 +25,11 @@ use crate::{
 };
 
 /// Routes whose requests are recorded.
-const RECORDED: [&str; 10] = [
+const RECORDED: [&str; 11] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/",
     "/embed",
     "/similarity",
     "/rerank",

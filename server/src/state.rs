@@ -173,6 +173,24 @@ pub enum View {
     All,
     /// Those that encode.
     Encoders,
+    /// Those that embed.
+    Embedders,
+    /// Those that rank.
+    Rerankers,
+}
+
+impl View {
+    /// Each of them.
+    pub(crate) const ALL: [Self; 4] = [Self::All, Self::Encoders, Self::Embedders, Self::Rerankers];
+
+    /// Whether models that do `task` are among them.
+    pub(crate) fn shows(self, task: EncoderTask) -> bool {
+        match self {
+            Self::All | Self::Encoders => true,
+            Self::Embedders => task == EncoderTask::Embed,
+            Self::Rerankers => task == EncoderTask::Rerank,
+        }
+    }
 }
 
 /// What `/v1/models` says about the model.
@@ -190,6 +208,10 @@ pub struct ModelCard {
     pub quantization: Option<String>,
     /// Parameters of the model.
     pub parameters: Option<u64>,
+    /// Bytes of the weights, for the metrics.
+    pub weight_bytes: Option<u64>,
+    /// Bytes that cached keys and values may take, for the metrics.
+    pub kv_cache_bytes: Option<u64>,
 }
 
 /// What the name in a request stands for.
@@ -213,13 +235,15 @@ impl ModelCard {
             dtype: None,
             quantization: None,
             parameters: None,
+            weight_bytes: None,
+            kv_cache_bytes: None,
         }
     }
 }
 
 /// Shared by all handlers; clones are handles of the same thing.
 #[derive(Clone)]
-pub struct AppState(Arc<Inner>);
+pub struct AppState(Arc<Inner>, View);
 
 struct Inner {
     config: AppConfig,
@@ -280,6 +304,9 @@ impl AppState {
         let first = config.served_names.first().map(String::as_str);
         let name = first.or_else(|| encoders.first().map(|encoder| encoder.name())).unwrap_or("");
         let metrics = Metrics::new(name, &limits, &stats).with_encoders(&encoders, arbiter.is_some());
+        if let Some(generator) = &generator {
+            metrics.memory(name, &generator.card);
+        }
         let cache = config.response_cache.as_ref().map(ResponseCache::new).transpose();
         let cache = cache.map_err(|error| {
             let message = format!("--response-cache: {error}");
@@ -289,7 +316,7 @@ impl AppState {
         let tier = Tier::new(config.tier.clone(), Instance::new(config.instance_id.clone()), facts);
         let fingerprint = tier::fingerprint(&config, generator.as_ref());
         let pool = TextPool::new(TextLimits { max_bytes: config.max_body_bytes, ..TextLimits::default() })?;
-        Ok(Self(Arc::new(Inner {
+        let inner = Inner {
             config,
             generator,
             limits,
@@ -305,7 +332,29 @@ impl AppState {
             registrations: Registrations::default(),
             draining: AtomicBool::new(false),
             cut: CancellationToken::new(),
-        })))
+        };
+        Ok(Self(Arc::new(inner), View::default()))
+    }
+
+    /// The same, as an address of `view` sees it.
+    pub(crate) fn with_view(&self, view: View) -> Self {
+        Self(Arc::clone(&self.0), view)
+    }
+
+    /// Which models the address serves that was asked.
+    pub(crate) fn view(&self) -> View {
+        self.1
+    }
+
+    /// Whether the address serves a model that generates.
+    pub(crate) fn generates(&self) -> bool {
+        self.0.generator.is_some() && self.1 == View::All
+    }
+
+    /// The models that encode and that the address serves.
+    pub(crate) fn shown(&self) -> impl Iterator<Item = &Arc<EncoderModel>> {
+        let view = self.1;
+        self.0.encoders.iter().filter(move |encoder| view.shows(encoder.task()))
     }
 
     pub(crate) fn config(&self) -> &AppConfig {

@@ -64,7 +64,9 @@ fn a_chat_beside_a_job_is_measured_and_written_down() {
     assert_eq!(done.code, Some(0), "{done:?}");
     let page = written(folder.path(), "md");
     assert_eq!(done.stdout.trim(), page.trim());
-    for row in ["time between tokens, p95", "time to the first token, p50", "job, documents/s", "longest wait"] {
+    for row in
+        ["time between tokens, p95", "time to the first token, p50", "job, documents/s", "longest wait"]
+    {
         assert!(page.contains(row), "{row} is missing: {page}");
     }
     let result: Value = serde_json::from_str(&written(folder.path(), "json")).expect("JSON");

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::Stdio;
 
-use ingle_tests::{Launch, command, ingle};
+use ingle_tests::{Launch, TinyModel, command, ingle};
 use serde_json::{Value, json};
 
 use crate::{encoder, encoders::floats, encoders::vectors};
@@ -89,7 +89,7 @@ fn a_file_larger_than_a_group_keeps_its_order_and_long_texts_are_told() {
     assert!(run.stderr.contains("1 texts were too long"), "{run:?}");
     let refused = ingle(&["embed", path, "--model", &model, "--no-truncate", "--threads", "1"]);
     assert_eq!(refused.code, Some(1));
-    assert!(refused.error().contains("line 1301"), "{refused:?}");
+    assert!(refused.error().contains("many.txt:1301: the text has"), "{refused:?}");
 }
 
 #[test]
@@ -114,4 +114,36 @@ fn what_cannot_be_read_is_told_with_its_line() {
     std::fs::write(&path, "a\n").expect("written");
     let run = ingle(&["embed", path.to_str().expect("a plain path"), "--model", &encoder("bert_rerank")]);
     assert!(run.code == Some(1) && run.error().contains("--reranker"), "{run:?}");
+}
+
+#[test]
+fn an_output_of_no_known_kind_is_refused_before_anything_is_loaded() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).to_str().expect("a plain path").to_owned();
+    std::fs::write(path("in.txt"), "a\n").expect("written");
+    let run = ingle(&["embed", &path("in.txt"), "--model", "/no/such/model", "-o", &path("out.csv")]);
+    assert!(
+        run.code == Some(1) && run.error().contains("out.csv") && run.error().contains(".npy"),
+        "{run:?}"
+    );
+    assert!(!folder.path().join("out.csv").exists());
+    for name in ["out.jsonl", "out"] {
+        let run = ingle(&["embed", &path("in.txt"), "--model", &encoder("bert"), "-o", &path(name)]);
+        assert_eq!(run.code, Some(0), "{run:?}");
+        assert!(!run.stderr.contains("warning"), "{run:?}");
+        let line = std::fs::read_to_string(path(name)).expect("written");
+        assert!(serde_json::from_str::<Value>(&line).expect("JSON")["embedding"].is_array(), "{line}");
+    }
+}
+
+#[test]
+fn a_model_that_generates_embeds_with_a_warning() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = TinyModel::llama();
+    let texts = folder.path().join("in.txt");
+    std::fs::write(&texts, "a text\n").expect("written");
+    let (texts, model) = (texts.to_str().expect("a path"), model.path().to_str().expect("a path"));
+    let run = ingle(&["embed", texts, "--model", model, "--threads", "1"]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert!(run.stderr.contains("warning: ") && run.stderr.contains("modules.json"), "{run:?}");
 }

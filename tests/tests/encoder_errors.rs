@@ -185,6 +185,7 @@ async fn keys_guard_these_routes_too() {
         "/score",
         "/embed",
         "/similarity",
+        "/",
     ] {
         assert_eq!(server.post(path, &json!({"input": "a"})).await.status, 401, "{path}");
     }

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use crate::{encoder, with};
 
-const EMBEDDINGS: &str = "/v1/embeddings";
-const TEXTS: [&str; 6] = [
+pub(crate) const EMBEDDINGS: &str = "/v1/embeddings";
+pub(crate) const TEXTS: [&str; 6] = [
     "the cat sat on the mat",
     "a",
     "",
@@ -27,7 +27,7 @@ pub(crate) fn floats(value: &Value) -> Vec<f32> {
     value.as_array().expect("numbers").iter().map(|x| x.as_f64().expect("a number") as f32).collect()
 }
 
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
@@ -50,7 +50,7 @@ pub(crate) fn vectors(answer: &Answer) -> Vec<Vec<f32>> {
         .collect()
 }
 
-async fn serve(flags: &[&str]) -> TestServer {
+pub(crate) async fn serve(flags: &[&str]) -> TestServer {
     Launch::without_model().args(flags).start().await
 }
 
@@ -240,29 +240,6 @@ async fn rerankers_score_as_the_reference_and_sort() {
 }
 
 #[tokio::test]
-async fn the_routes_of_text_embeddings_inference() {
-    let server = serve(&["--embedding-model", &encoder("mpnet")]).await;
-    let wanted = vectors(&server.post(EMBEDDINGS, &json!({"input": TEXTS})).await);
-    let answer = server.post("/embed", &json!({"inputs": TEXTS})).await;
-    let got: Vec<Vec<f32>> = answer.ok().as_array().expect("rows").iter().map(floats).collect();
-    assert_eq!(got, wanted);
-    let one = server.post("/embed", &json!({"inputs": TEXTS[0], "normalize": true, "truncate": true})).await;
-    assert_eq!(floats(&one.ok()[0]), wanted[0]);
-    let body = json!({"inputs": {"source_sentence": TEXTS[0], "sentences": [TEXTS[0], TEXTS[3]]}});
-    let cosines = floats(server.post("/similarity", &body).await.ok());
-    assert!((cosines[0] - 1.0).abs() < 1e-5);
-    assert!((f64::from(cosines[1]) - cosine(&wanted[0], &wanted[3])).abs() < 1e-5);
-    let scores = server.post("/score", &json!({"text_1": TEXTS[0], "text_2": TEXTS[3]})).await;
-    assert!(
-        (scores.ok()["data"][0]["score"].as_f64().expect("a score") - f64::from(cosines[1])).abs() < 1e-5
-    );
-    let info = server.get("/info").await;
-    assert_eq!(info.ok()["model_id"], "mpnet");
-    assert_eq!(info.ok()["model_type"]["embedding"]["pooling"], "mean");
-    assert_eq!(info.ok()["max_client_batch_size"], 2048);
-}
-
-#[tokio::test]
 async fn metrics_count_what_was_computed() {
     let server = serve(&["--embedding-model", &encoder("bert")]).await;
     let answer = server.post(EMBEDDINGS, &json!({"input": TEXTS})).await;
@@ -275,6 +252,41 @@ async fn metrics_count_what_was_computed() {
     assert_eq!(metrics.get("te_queue_size"), 0.0);
     assert_eq!(metrics.get("te_request_duration_count"), 1.0);
     assert!(metrics.get("ingle_encoder_weight_bytes") > 0.0);
+    // Refused ones count as failures, as there: for what they ask, and for a model that is not served.
+    let refused = [
+        json!({"input": []}),
+        json!({"input": "a", "model": "nobody"}),
+        json!({"input": "a", "dimensions": 3}),
+    ];
+    for body in refused {
+        assert!(server.post(EMBEDDINGS, &body).await.status >= 400);
+    }
+    assert_eq!(server.post_bytes("/embed", "{").await.status, 400);
+    let metrics = server.metrics().await;
+    assert_eq!(metrics.get("te_request_failure"), 4.0);
+    assert_eq!((metrics.get("te_request_count"), metrics.get("te_request_success")), (5.0, 1.0));
+    assert_eq!(metrics.get("ingle_encoder_requests_failed_total"), 0.0);
+}
+
+#[tokio::test]
+async fn both_sides_say_how_much_memory_they_take() {
+    let server = Launch::tiny().args(["--embedding-model", &encoder("bert")]).start().await;
+    let metrics = server.metrics().await;
+    for gauge in ["ingle_model_weight_bytes", "ingle_encoder_weight_bytes"] {
+        assert!(metrics.get(gauge) > 1000.0, "{gauge}");
+    }
+    // What is asked for with --kv-cache-memory (16 MiB in tests) at most.
+    let cache = metrics.get("ingle_kv_cache_bytes");
+    assert!(cache > 1000.0 && cache <= f64::from(16 << 20), "{cache}");
+    // The card of an encoder says as much as that of a model that generates.
+    let tier = server.get("/tier").await;
+    let cards = tier.ok()["models"].as_array().expect("cards").clone();
+    let card = cards.iter().find(|card| card["task"] == "embeddings").expect("the encoder's");
+    assert_eq!(card["dtype"], "f32");
+    assert!(card["parameters"].as_u64() > Some(100) && card["quantization"].is_null(), "{card}");
+    let flags = ["--embedding-model", &encoder("bert"), "--embedding-quantization", "int8"];
+    let tier = serve(&flags).await.get("/tier").await;
+    assert_eq!(tier.ok()["models"][0]["quantization"], "int8");
 }
 
 /// The tokenizer's routes know every model: a client counts tokens for the one it will ask.
@@ -320,8 +332,7 @@ async fn texts_are_tokenised_as_the_encoder_reads_them() {
 /// A folder of models as the demo leaves it, with the fixture `name` as `called`.
 fn home_with(name: &str, called: &str) -> tempfile::TempDir {
     let home = tempfile::tempdir().expect("a folder");
-    let mut todo =
-        vec![(std::path::PathBuf::from(encoder(name)), home.path().join("models").join(called))];
+    let mut todo = vec![(std::path::PathBuf::from(encoder(name)), home.path().join("models").join(called))];
     while let Some((from, to)) = todo.pop() {
         std::fs::create_dir_all(&to).expect("a folder");
         for entry in std::fs::read_dir(from).expect("the fixture").flatten() {
@@ -393,4 +404,40 @@ async fn embeddings_are_cut_to_the_dimensions_that_are_allowed() {
     let flags = ["--embedding-model", &encoder("bert"), "--embedding-dimensions", "100000"];
     let run = ingle_tests::ingle(&[&["serve", "--port", "0"], &flags[..]].concat());
     assert!(run.code == Some(1) && run.error().contains("--embedding-dimensions 100000"), "{run:?}");
+}
+
+#[tokio::test]
+async fn tokens_that_pairs_lose_are_told_for_each() {
+    let flags = ["--embedding-model", &encoder("bert"), "--reranker", &encoder("bert_rerank")];
+    let server = serve(&flags).await;
+    let lost = |answer: &Answer, list: &str| -> Vec<Value> {
+        let items = answer.ok()[list].as_array().expect("items");
+        items.iter().map(|item| json!([item["index"], item["dropped_tokens"]])).collect()
+    };
+    // Each document has as many tokens as words, and the special tokens are not counted among those it may keep.
+    let rank =
+        json!({"query": "the cat", "documents": ["the cat sat on", "the dog"], "max_tokens_per_doc": 3});
+    let ranked = server.post("/v1/rerank", &rank).await;
+    let mut told = lost(&ranked, "results");
+    told.sort_by_key(|item| item[0].as_u64());
+    assert_eq!(told, [json!([0, 1]), json!([1, 0])]);
+    assert_eq!(ranked.headers["x-dropped-tokens"], "1");
+    let whole = with(rank, json!({"max_tokens_per_doc": null}));
+    let whole = server.post("/v1/rerank", &whole).await;
+    assert!(lost(&whole, "results").iter().all(|item| item[1].is_null()), "{}", whole.text);
+
+    let long = "the cat ".repeat(5);
+    let body = json!({"text_1": "the cat", "text_2": ["the", long], "truncate_prompt_tokens": 8});
+    // A pair has three special tokens, a text of its own two.
+    for (model, dropped) in [("bert_rerank", [0, 2 + 10 + 3 - 8]), ("bert", [0, 10 + 2 - 8])] {
+        let answer = server.post("/v1/score", &with(body.clone(), json!({"model": model}))).await;
+        assert_eq!(lost(&answer, "data"), [json!([0, dropped[0]]), json!([1, dropped[1]])], "{model}");
+        assert_eq!(answer.headers["x-dropped-tokens"], dropped[1].to_string().as_str());
+    }
+    // Both sides of a pair of the embedding model count, the one that goes with all each time.
+    let body = json!({"model": "bert", "text_1": long, "text_2": ["the", long], "truncate_prompt_tokens": 8});
+    let answer = server.post("/v1/score", &body).await;
+    assert_eq!(lost(&answer, "data"), [json!([0, 4]), json!([1, 8])]);
+    let whole = server.post("/v1/score", &json!({"text_1": "the", "text_2": "the"})).await;
+    assert!(whole.ok()["data"][0]["dropped_tokens"].is_null(), "{}", whole.text);
 }

@@ -27,6 +27,7 @@ mod shutdown;
 mod smollm2;
 mod start_errors;
 mod streaming;
+mod tei;
 mod tensor_parallel;
 mod tidy;
 mod tier;

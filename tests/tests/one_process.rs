@@ -107,3 +107,49 @@ async fn an_address_of_its_own_serves_only_the_encoders() {
     assert_eq!(post(&also, CHAT, chat("a", 1)).await, 200);
     assert_eq!(get(&own, "/ready").await["status"], "ready");
 }
+
+#[tokio::test]
+async fn embedders_and_the_reranker_have_an_address_each() {
+    let mut server = Launch::tiny()
+        .args(["--served-model-name", "llm", "--embedding-model", &encoder("bert")])
+        .args(["--reranker", &encoder("bert_rerank")])
+        .args(["--embedding-listen", "127.0.0.1:0", "--reranker-listen", "127.0.0.1:0"])
+        .start()
+        .await;
+    let embed = json!({"input": "a"});
+    let rank = json!({"query": "a", "documents": ["a"]});
+    let hidden = |body: &serde_json::Value, model: &str| {
+        let mut body = body.clone();
+        body["model"] = json!(model);
+        body
+    };
+    for (kind, model, path, body, other, other_body, other_model) in [
+        ("(embeddings)", "bert", "/v1/embeddings", &embed, "/v1/rerank", &rank, "bert_rerank"),
+        ("(reranking)", "bert_rerank", "/v1/rerank", &rank, "/v1/embeddings", &embed, "bert"),
+    ] {
+        let line = server.wait_for_line(kind).await;
+        let own = line.split(' ').find(|word| word.starts_with("http://")).expect("an address").to_owned();
+        let get = async |path: &str| -> serde_json::Value {
+            let answer = server.client.get(format!("{own}{path}")).send().await.expect("an answer");
+            serde_json::from_str(&answer.text().await.expect("a body")).expect("JSON")
+        };
+        let list = get("/v1/models").await;
+        let ids: Vec<_> = list["data"].as_array().expect("models").iter().map(|m| m["id"].clone()).collect();
+        assert_eq!(ids, [json!(model)]);
+        assert_eq!(get("/info").await["model_id"], model);
+        let post = async |path: &str, body: &serde_json::Value| {
+            let request =
+                server.client.post(format!("{own}{path}")).header("content-type", "application/json");
+            request.body(body.to_string()).send().await.expect("an answer").status().as_u16()
+        };
+        assert_eq!(post(path, body).await, 200);
+        assert_eq!(post(path, &hidden(body, model)).await, 200);
+        assert_eq!(post(other, other_body).await, 400);
+        assert_eq!(post(other, &hidden(other_body, other_model)).await, 404);
+        assert_eq!(post("/tokenize", &json!({"model": other_model, "prompt": "a"})).await, 404);
+        assert_eq!(post("/tokenize", &json!({"prompt": "a"})).await, 200);
+        assert_eq!(post(CHAT, &chat("a", 1)).await, 400);
+    }
+    let all = server.get("/v1/models").await;
+    assert_eq!(all.ok()["data"].as_array().map(Vec::len), Some(3));
+}

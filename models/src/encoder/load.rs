@@ -162,6 +162,17 @@ impl Encoder for LoadedEncoder {
     }
 
     fn forward(&mut self, batch: &EncoderBatch) -> Result<Vec<f32>> {
+        self.run(batch, self.steps.len())
+    }
+
+    fn forward_unscaled(&mut self, batch: &EncoderBatch) -> Result<Vec<f32>> {
+        self.run(batch, self.steps.len() - usize::from(self.info.normalize))
+    }
+}
+
+impl LoadedEncoder {
+    /// Rows of `batch` after the first `num_steps` steps.
+    fn run(&self, batch: &EncoderBatch, num_steps: usize) -> Result<Vec<f32>> {
         batch.check(&self.info)?;
         let mut rows = Vec::with_capacity(batch.num_seqs() * self.info.dimensions);
         let most = if self.device.is_cpu() { TOKENS_PER_PASS } else { TOKENS_PER_PASS_GPU };
@@ -170,16 +181,14 @@ impl Encoder for LoadedEncoder {
             let start = batch.cu_seqlens[first] as usize;
             let fits = |end: &usize| batch.cu_seqlens[*end] as usize - start <= most;
             let end = (first + 2..=batch.num_seqs()).take_while(fits).last().unwrap_or(first + 1);
-            rows.extend(self.pass(batch, first, end)?);
+            rows.extend(self.pass(batch, (first, end), num_steps)?);
             first = end;
         }
         Ok(rows)
     }
-}
 
-impl LoadedEncoder {
-    /// Rows of sequences `first..end`.
-    fn pass(&self, batch: &EncoderBatch, first: usize, end: usize) -> Result<Vec<f32>> {
+    /// Rows of sequences `first..end` after the first `num_steps` steps.
+    fn pass(&self, batch: &EncoderBatch, (first, end): (usize, usize), num_steps: usize) -> Result<Vec<f32>> {
         let cut = &batch.cu_seqlens[first..=end];
         let (from, to) = (cut[0] as usize, cut[cut.len() - 1] as usize);
         let cu_seqlens: Vec<u32> = cut.iter().map(|at| at - cut[0]).collect();
@@ -191,7 +200,7 @@ impl LoadedEncoder {
         let width = hidden.dim(1)?;
         let mut rows = ops::pool(&hidden, &cu_seqlens, &self.pooling)?;
         let mut width = width * self.pooling.len();
-        for step in &self.steps {
+        for step in self.steps.iter().take(num_steps) {
             match step {
                 Step::Normalize => normalize(&mut rows, width),
                 Step::Dense(layer) => {

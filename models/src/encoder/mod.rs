@@ -39,6 +39,7 @@ use ingle_kernels::Quantization;
 use crate::Progress;
 use crate::error::{Error, Result};
 pub use load::load_encoder;
+pub use pooling::normalize as scale_rows;
 
 /// How to load an encoder.
 #[derive(Debug, Clone)]
@@ -185,4 +186,13 @@ pub trait Encoder: Send {
     /// # Errors
     /// If the batch contradicts itself or the model, or a kernel fails.
     fn forward(&mut self, batch: &EncoderBatch) -> Result<Vec<f32>>;
+
+    /// As [`Encoder::forward`], but where that ends with scaling rows to length 1 ([`EncoderInfo::normalize`]) they are left
+    /// as they were before; [`scale_rows`] then makes the same bits of them.
+    ///
+    /// # Errors
+    /// As [`Encoder::forward`].
+    fn forward_unscaled(&mut self, batch: &EncoderBatch) -> Result<Vec<f32>> {
+        self.forward(batch)
+    }
 }

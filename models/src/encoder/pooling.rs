@@ -1,7 +1,7 @@
 //! What is done to pooled vectors besides dense layers.
 
 /// Scales each row of `width` to length 1; a row of zeros stays.
-pub(crate) fn normalize(rows: &mut [f32], width: usize) {
+pub fn normalize(rows: &mut [f32], width: usize) {
     for row in rows.chunks_exact_mut(width) {
         let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
         row.iter_mut().for_each(|x| *x /= norm);

@@ -44,6 +44,7 @@ pub fn embed(args: &EmbedArgs) -> anyhow::Result<()> {
     };
     // A wrong path is said before a model is loaded.
     let mut lines = Lines::open(args)?;
+    let format = OutputFormat::of(args.output.as_deref())?;
     let loaded = load(&args.model, EncoderTask::Embed, &how)?;
     let info = loaded.encoder.info().clone();
     let terminal = std::io::stderr().is_terminal();
@@ -53,6 +54,9 @@ pub fn embed(args: &EmbedArgs) -> anyhow::Result<()> {
     }
     let widths = widths(&args.embedding_dimensions, info.matryoshka.as_deref(), info.dimensions);
     let widths = widths.map_err(anyhow::Error::msg)?;
+    if let Some(warning) = &loaded.warning {
+        let _ = writeln!(std::io::stderr(), "warning: {warning}");
+    }
     let dimensions = match args.dimensions {
         None => info.dimensions,
         Some(wanted) if wanted == info.dimensions || widths.contains(&wanted) => wanted,
@@ -69,6 +73,7 @@ pub fn embed(args: &EmbedArgs) -> anyhow::Result<()> {
         },
     };
     let reader = Reader {
+        name: lines.name.clone(),
         tokenizer: &loaded.tokenizer,
         prompt: prompt.unwrap_or_default(),
         max: info.max_seq_len,
@@ -78,7 +83,7 @@ pub fn embed(args: &EmbedArgs) -> anyhow::Result<()> {
     // Long runs of a batch job: nobody waits for a single text.
     let config = EncoderConfig { batch_time: Duration::from_millis(200), ..EncoderConfig::default() };
     let handle = EncoderHandle::spawn(loaded.encoder, config, None)?;
-    let mut output = Output::create(args, dimensions)?;
+    let mut output = Output::create(args, format, dimensions)?;
     let bar = bar(lines.bytes);
     let begin = Instant::now();
     let mut totals = Totals::default();
@@ -88,7 +93,7 @@ pub fn embed(args: &EmbedArgs) -> anyhow::Result<()> {
         let is_last = records.is_empty();
         let next = if is_last { None } else { Some(reader.submit(records, &handle, &mut totals)?) };
         if let Some((records, request)) = under_way.take() {
-            let rows = request.blocking_finish()?;
+            let rows = request.blocking_finish().with_context(|| lines.place(&records))?;
             for (record, row) in records.into_iter().zip(rows.rows.chunks_exact(rows.width)) {
                 let mut row = row.get(..dimensions).unwrap_or(row).to_vec();
                 if info.normalize && dimensions < info.dimensions {
@@ -140,6 +145,17 @@ impl<'a> Lines<'a> {
             (Box::new(BufReader::new(file)), bytes)
         };
         Ok(Self { from, field: &args.field, format: args.input_format, name, number: 0, read: 0, bytes })
+    }
+
+    /// Where `records` stand in the file.
+    fn place(&self, records: &[Record]) -> String {
+        match (records.first(), records.last()) {
+            (Some(first), Some(last)) if first.number < last.number => {
+                format!("{}:{}-{}", self.name, first.number, last.number)
+            }
+            (Some(only), _) => format!("{}:{}", self.name, only.number),
+            (None, _) => self.name.clone(),
+        }
     }
 
     /// The next records; none at the end.
@@ -195,6 +211,8 @@ impl<'a> Lines<'a> {
 }
 
 struct Reader<'a> {
+    /// Of the file.
+    name: String,
     tokenizer: &'a Tokenizer,
     prompt: String,
     max: usize,
@@ -216,11 +234,16 @@ impl Reader<'_> {
             let ids = self
                 .tokenizer
                 .encode(&text, Specials::Parse, false)
-                .with_context(|| format!("line {}", record.number))?;
+                .with_context(|| format!("{}:{}", self.name, record.number))?;
             let framed = self.tokenizer.frame().text(&ids, self.max, Side::Right);
             if framed.dropped > 0 && !self.truncate {
                 let tokens = framed.ids.len() + framed.dropped;
-                bail!("line {} has {tokens} tokens; the model takes {}", record.number, self.max);
+                bail!(
+                    "{}:{}: the text has {tokens} tokens; the model takes {}",
+                    self.name,
+                    record.number,
+                    self.max
+                );
             }
             totals.texts += 1;
             totals.tokens += framed.ids.len() as u64;
@@ -261,6 +284,27 @@ impl Totals {
     }
 }
 
+/// How embeddings are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OutputFormat {
+    Jsonl,
+    Npy,
+}
+
+impl OutputFormat {
+    /// What the end of the file's name says; a name without one, such as that of a pipe, is JSONL.
+    fn of(path: Option<&Path>) -> anyhow::Result<Self> {
+        let Some((path, end)) = path.and_then(|path| Some((path, path.extension()?))) else {
+            return Ok(Self::Jsonl);
+        };
+        match end.to_str() {
+            Some("npy") => Ok(Self::Npy),
+            Some("jsonl" | "ndjson" | "json") => Ok(Self::Jsonl),
+            _ => bail!("--output {}: the file's name must end in .npy or .jsonl", path.display()),
+        }
+    }
+}
+
 /// Where embeddings go.
 enum Output {
     Jsonl(Box<dyn Write>),
@@ -268,13 +312,13 @@ enum Output {
 }
 
 impl Output {
-    fn create(args: &EmbedArgs, width: usize) -> anyhow::Result<Self> {
+    fn create(args: &EmbedArgs, format: OutputFormat, width: usize) -> anyhow::Result<Self> {
         let Some(path) = &args.output else {
             return Ok(Self::Jsonl(Box::new(BufWriter::new(std::io::stdout()))));
         };
         let file = File::create(path).with_context(|| path.display().to_string())?;
         let mut file = BufWriter::new(file);
-        if path.extension().is_some_and(|end| end == "npy") {
+        if format == OutputFormat::Npy {
             file.write_all(&npy_head(0, width))?;
             return Ok(Self::Npy { file, rows: 0, width });
         }

@@ -116,6 +116,7 @@ pub(super) fn load(
         max_logprobs: 20,
         max_token_list: 1024,
     };
+    let cache_bytes = runner.cache_bytes();
     let mut eos = info.eos_token_ids.clone();
     eos.extend(text.tokenizer.eos_token_id().filter(|id| !eos.contains(id)));
     phases.time("warm-up", || runner.warm_up(WARM_UP_TOKENS)).context("the warm-up step failed")?;
@@ -132,6 +133,8 @@ pub(super) fn load(
         dtype: Some(info.dtype.as_str().to_owned()),
         quantization: info.quantization.map(|quantization| quantization_name(quantization).to_owned()),
         parameters: u64::try_from(info.num_parameters).ok(),
+        weight_bytes: u64::try_from(info.weight_bytes).ok(),
+        kv_cache_bytes: u64::try_from(cache_bytes).ok(),
         ..ModelCard::new(root(name))
     };
     Ok(Loaded { text, engine, card, report, weight_format: info.weight_format })

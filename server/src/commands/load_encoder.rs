@@ -27,6 +27,8 @@ pub(super) struct LoadedEncoder {
     pub(super) root: String,
     /// What happened, a line each.
     pub(super) report: Vec<String>,
+    /// What is doubtful about it; the log has been told.
+    pub(super) warning: Option<String>,
 }
 
 /// How an encoder is loaded.
@@ -70,7 +72,8 @@ pub(super) fn load(name: &str, task: EncoderTask, how: &How) -> anyhow::Result<L
     check(name, encoder.info(), &tokenizer, task)?;
     warm_up(encoder.as_mut(), &tokenizer).context("the warm-up text failed")?;
     let report = report(&path, encoder.info(), begin);
-    Ok(LoadedEncoder { encoder, tokenizer: Arc::new(tokenizer), root: root(name), report })
+    let warning = doubt(&path, encoder.info());
+    Ok(LoadedEncoder { encoder, tokenizer: Arc::new(tokenizer), root: root(name), report, warning })
 }
 
 /// The folder of model `name`: one that the demo left, one on this machine, or the hub's.
@@ -109,6 +112,18 @@ fn check(name: &str, info: &EncoderInfo, tokenizer: &Tokenizer, task: EncoderTas
         bail!("{name} takes {} tokens, of which {special} are special", info.max_seq_len);
     }
     Ok(())
+}
+
+/// What a user should hear who takes a model for an embedder that does not say it is one.
+fn doubt(path: &Path, info: &EncoderInfo) -> Option<String> {
+    let generates = info.architecture.ends_with("ForCausalLM") && !path.join("modules.json").is_file();
+    generates.then(|| {
+        format!(
+            "{} generates text, and no modules.json says how it embeds: a text's embedding is its last token's vector, \
+             which is rarely good for a search",
+            path.display()
+        )
+    })
 }
 
 /// Touches all weights and starts all threads.
@@ -165,7 +180,14 @@ pub(super) fn start(
         max_queued_inputs: args.max_queued_inputs,
         ..EncoderConfig::default()
     };
+    let card = ModelCard {
+        dtype: Some(info.dtype.clone()),
+        quantization: info.quantization.map(|quantization| quantization.name().to_owned()),
+        parameters: u64::try_from(info.num_parameters).ok(),
+        weight_bytes: u64::try_from(info.weight_bytes).ok(),
+        ..ModelCard::new(loaded.root.clone())
+    };
     let handle = EncoderHandle::spawn(loaded.encoder, config, turn)
         .context("the encoder's thread could not be started")?;
-    Ok(EncoderModel { names, handle, tokenizer: loaded.tokenizer, widths, card: ModelCard::new(loaded.root) })
+    Ok(EncoderModel { names, handle, tokenizer: loaded.tokenizer, widths, card })
 }

@@ -16,7 +16,7 @@ use super::load::{DEFAULT_MODEL, EngineSizes, Find, load};
 use super::load_encoder::{self, How};
 use super::tier::TierSettings;
 use crate::app;
-use crate::cli::{FloatType, QuantizationName, ServeArgs};
+use crate::cli::{EncoderArgs, FloatType, QuantizationName, ServeArgs};
 use crate::listen::{ListenConfig, Listener, Server, Shutdown, raise_file_limit};
 use crate::logging;
 use crate::state::{AppConfig, AppState, Generator, Models, View};
@@ -137,32 +137,47 @@ fn bind(args: &ServeArgs) -> anyhow::Result<Vec<Listener>> {
             Listener::tcp(*address).with_context(|| format!("{address} cannot be used (see --listen)"))?,
         );
     }
-    for address in &args.encoders.embedding_listen {
-        let listener = Listener::tcp(*address)
-            .with_context(|| format!("{address} cannot be used (see --embedding-listen)"))?;
-        listeners.push(listener.with_view(View::Encoders));
+    for (address, view) in encoder_addresses(args) {
+        let flag = if view == View::Rerankers { "--reranker-listen" } else { "--embedding-listen" };
+        let listener =
+            Listener::tcp(address).with_context(|| format!("{address} cannot be used (see {flag})"))?;
+        listeners.push(listener.with_view(view));
     }
     Ok(listeners)
 }
 
+/// The addresses that serve encoders only, and which of them.
+fn encoder_addresses(args: &ServeArgs) -> impl Iterator<Item = (SocketAddr, View)> {
+    let EncoderArgs { embedding_listen, reranker_listen, .. } = &args.encoders;
+    // Where rerankers have an address of their own, they are not shown twice.
+    let view = if reranker_listen.is_empty() { View::Encoders } else { View::Embedders };
+    let embedders = embedding_listen.iter().map(move |address| (*address, view));
+    embedders.chain(reranker_listen.iter().map(|address| (*address, View::Rerankers)))
+}
+
 /// Where each of `listeners` is reached, the main one first.
 fn places(args: &ServeArgs, listeners: &[Listener]) -> Vec<String> {
-    let encoders_from = listeners.len().saturating_sub(args.encoders.embedding_listen.len());
-    let place = |(idx, listener): (usize, &Listener)| {
+    let place = |listener: &Listener| {
         let place = match (listener.local_addr(), &args.uds) {
             (Some(address), _) => format!("http://{address}"),
             (None, Some(path)) => path.display().to_string(),
             (None, None) => String::new(),
         };
-        if idx >= encoders_from { format!("{place} (embeddings and reranking)") } else { place }
+        match listener.view() {
+            View::All => place,
+            View::Encoders => format!("{place} (embeddings and reranking)"),
+            View::Embedders => format!("{place} (embeddings)"),
+            View::Rerankers => format!("{place} (reranking)"),
+        }
     };
-    listeners.iter().enumerate().map(place).collect()
+    listeners.iter().map(place).collect()
 }
 
 /// Whether all addresses can be reached from this machine only.
 fn only_loopback(args: &ServeArgs) -> bool {
-    let more = args.listen.iter().chain(&args.encoders.embedding_listen);
-    (args.uds.is_some() || args.host.is_loopback()) && more.map(SocketAddr::ip).all(|ip| ip.is_loopback())
+    let encoders = encoder_addresses(args).map(|(address, _)| address);
+    let mut more = args.listen.iter().copied().chain(encoders);
+    (args.uds.is_some() || args.host.is_loopback()) && more.all(|address| address.ip().is_loopback())
 }
 
 /// Finds, reads and starts all models, and tells what happened, a line each.

@@ -140,6 +140,9 @@ pub struct ScoreObject {
     pub object: &'static str,
     /// The reranker's score, or the cosine.
     pub score: f32,
+    /// Tokens of the pair that were cut off; only where cutting was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropped_tokens: Option<usize>,
 }
 
 /// The answer to a score request.

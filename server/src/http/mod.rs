@@ -27,7 +27,7 @@ pub(crate) mod validate;
 use std::time::Duration;
 
 use axum::{
-    Extension, Router,
+    Router,
     http::{HeaderName, HeaderValue, Method, header},
     middleware::{from_fn, from_fn_with_state},
     response::Response,
@@ -59,11 +59,11 @@ fn generating_routes(generates: bool) -> Routes {
     ]
 }
 
-/// All other routes.
-fn other_routes() -> Routes {
-    vec![
-        ("/tokenize", post(tokenize::tokenize)),
-        ("/detokenize", post(tokenize::detokenize)),
+/// The routes of models that encode. `encodes`: there are some; only then the root is one, for clients of
+/// text-embeddings-inference that know only an address.
+fn encoding_routes(encodes: bool) -> Routes {
+    let root = encodes.then(|| ("/", post(encode::tei::root)));
+    let mut routes = vec![
         ("/v1/embeddings", post(encode::embeddings::create)),
         ("/v1/rerank", post(encode::rerank::create)),
         ("/v2/rerank", post(encode::rerank::create)),
@@ -72,6 +72,16 @@ fn other_routes() -> Routes {
         ("/score", post(encode::score::create)),
         ("/embed", post(encode::tei::embed)),
         ("/similarity", post(encode::tei::similarity)),
+    ];
+    routes.extend(root);
+    routes
+}
+
+/// All other routes.
+fn other_routes() -> Routes {
+    vec![
+        ("/tokenize", post(tokenize::tokenize)),
+        ("/detokenize", post(tokenize::detokenize)),
         ("/info", get(encode::tei::info)),
         ("/v1/models", get(models::list)),
         ("/v1/models/{*id}", get(models::one)),
@@ -89,7 +99,8 @@ fn other_routes() -> Routes {
 /// The paths of all routes, for tests that walk them.
 #[must_use]
 pub fn paths() -> Vec<&'static str> {
-    generating_routes(true).into_iter().chain(other_routes()).map(|(path, _)| path).collect()
+    let all = generating_routes(true).into_iter().chain(encoding_routes(true)).chain(other_routes());
+    all.map(|(path, _)| path).collect()
 }
 
 /// What answers while the model is loaded: `/health` lives, all else is not ready.
@@ -116,9 +127,13 @@ pub fn app_with_faults(state: AppState) -> Router {
 }
 
 fn build(more: Routes, state: AppState, view: View) -> Router {
-    let generates = state.generator().is_some() && view == View::All;
+    let state = state.with_view(view);
+    let encoding = encoding_routes(state.shown().next().is_some()).into_iter().map(|(path, methods)| {
+        (path, methods.route_layer(from_fn_with_state(state.clone(), encode::count_failures)))
+    });
+    let routes = generating_routes(state.generates()).into_iter().chain(encoding).chain(other_routes());
     let mut router = Router::new();
-    for (path, methods) in generating_routes(generates).into_iter().chain(other_routes()).chain(more) {
+    for (path, methods) in routes.chain(more) {
         router = router.route(path, methods);
     }
     let panics = state.clone();
@@ -126,7 +141,6 @@ fn build(more: Routes, state: AppState, view: View) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), record::keep))
-        .layer(Extension(view))
         .layer(from_fn_with_state(state.clone(), auth::require_key))
         .layer(from_fn_with_state(state.clone(), auth::check_host))
         .layer(from_fn(edge::refuse_odd_framing));

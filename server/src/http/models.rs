@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use axum::{
-    Extension, Json,
+    Json,
     extract::{Path, State},
 };
 use ingle_engine::embed::EncoderTask;
@@ -12,10 +12,7 @@ use super::{
     params::unknown_model,
     types::{ModelList, ModelObject},
 };
-use crate::{
-    error::ApiResult,
-    state::{AppState, View},
-};
+use crate::{error::ApiResult, state::AppState};
 
 /// The task as `/v1/models` and errors name it.
 pub(crate) fn task_name(task: EncoderTask) -> &'static str {
@@ -28,18 +25,19 @@ pub(crate) fn task_name(task: EncoderTask) -> &'static str {
 /// The task of a model that generates.
 pub(crate) const GENERATE: &str = "generate";
 
-/// Every name that `view` shows, the main model's own first, aliases last.
-fn objects(state: &AppState, view: View) -> Vec<ModelObject> {
+/// Every name that the address serves, the main model's own first, aliases last.
+fn objects(state: &AppState) -> Vec<ModelObject> {
     let now = Instant::now();
     let object = |(name, own): (String, String)| {
         let encoder = state.encoders().iter().find(|encoder| encoder.name() == own);
         let (card, task, max_model_len, dimensions) = match (encoder, state.generator()) {
+            (Some(encoder), _) if !state.view().shows(encoder.task()) => return None,
             (Some(encoder), _) => {
                 let info = encoder.handle.info();
                 let dimensions = (info.task == EncoderTask::Embed).then_some(info.dimensions);
                 (&encoder.card, task_name(info.task), info.max_seq_len, dimensions)
             }
-            (None, Some(generator)) if view == View::All => {
+            (None, Some(generator)) if state.generates() => {
                 (&generator.card, GENERATE, state.limits().max_model_len, None)
             }
             (None, _) => return None,
@@ -63,8 +61,8 @@ fn objects(state: &AppState, view: View) -> Vec<ModelObject> {
 /// Lists every served name.
 #[utoipa::path(get, path = "/v1/models", tag = "models",
     responses((status = 200, description = "All names.", body = ModelList)))]
-pub(crate) async fn list(State(state): State<AppState>, Extension(view): Extension<View>) -> Json<ModelList> {
-    Json(ModelList { object: "list", data: objects(&state, view) })
+pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: objects(&state) })
 }
 
 /// Describes one name; slashes in it may be encoded or not.
@@ -75,8 +73,7 @@ pub(crate) async fn list(State(state): State<AppState>, Extension(view): Extensi
     ))]
 pub(crate) async fn one(
     State(state): State<AppState>,
-    Extension(view): Extension<View>,
     Path(id): Path<String>,
 ) -> ApiResult<Json<ModelObject>> {
-    objects(&state, view).into_iter().find(|model| model.id == id).map(Json).ok_or_else(|| unknown_model(&id))
+    objects(&state).into_iter().find(|model| model.id == id).map(Json).ok_or_else(|| unknown_model(&id))
 }

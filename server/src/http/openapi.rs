@@ -29,7 +29,7 @@ use super::{
     paths(
         chat::create, chat::render, completions::create, models::list, models::one, tokenize::tokenize,
         tokenize::detokenize, embeddings::create, rerank::create, score::create, tei::embed, tei::similarity,
-        tei::info, health::live, health::ready, health::version, health::metrics, tier::tier, tier::usage
+        tei::root, tei::info, health::live, health::ready, health::version, health::metrics, tier::tier, tier::usage
     ),
     components(schemas(types::ChatChunk<'static>)),
     modifiers(&Keys, &Aliases)

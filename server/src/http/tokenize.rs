@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Extension, Json,
+    Json,
     extract::{Request, State},
 };
 use serde_json::Value;
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     error::{ApiError, ApiResult},
-    state::{AppState, EncoderModel, View},
+    state::{AppState, EncoderModel},
     text::{Specials, Tokenizer},
 };
 
@@ -31,17 +31,17 @@ enum Subject<'a> {
 
 impl<'a> Subject<'a> {
     /// The model that a request names, of those that its address serves; without a name the first of them.
-    fn find(state: &'a AppState, view: View, fields: &mut Fields) -> ApiResult<Self> {
-        let generates = state.generator().is_some() && view == View::All;
+    fn find(state: &'a AppState, fields: &mut Fields) -> ApiResult<Self> {
+        let generates = state.generates();
         let encoder = |name: &str| state.encoders().iter().find(|encoder| encoder.name() == name);
         match fields.string("model")?.filter(|name| !name.is_empty()) {
             None if generates => Ok(Self::Generator(state)),
-            None => match state.encoders().first() {
+            None => match state.shown().next() {
                 Some(encoder) => Ok(Self::Encoder(encoder)),
                 None => Err(ApiError::invalid("model", "No model is served here.")),
             },
             Some(asked) => match state.resolve(&asked).map(|name| encoder(&name.served)) {
-                Some(Some(encoder)) => Ok(Self::Encoder(encoder)),
+                Some(Some(encoder)) if state.view().shows(encoder.task()) => Ok(Self::Encoder(encoder)),
                 Some(None) if generates => Ok(Self::Generator(state)),
                 _ => Err(unknown_model(&asked)),
             },
@@ -78,13 +78,9 @@ impl<'a> Subject<'a> {
         (status = "default", description = "What went wrong.", body = crate::error::ErrorBody)
     )
 )]
-pub(crate) async fn tokenize(
-    State(state): State<AppState>,
-    Extension(view): Extension<View>,
-    request: Request,
-) -> ApiResult<Json<Tokenized>> {
+pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) -> ApiResult<Json<Tokenized>> {
     let mut fields = body::read_fields(&state, request).await?;
-    let subject = Subject::find(&state, view, &mut fields)?;
+    let subject = Subject::find(&state, &mut fields)?;
     let with_strings = fields.bool("return_token_strs")?.unwrap_or(false);
     let add_special_tokens = fields.bool("add_special_tokens")?;
     let tokens = match fields.string("prompt")? {
@@ -127,12 +123,11 @@ pub(crate) async fn tokenize(
 )]
 pub(crate) async fn detokenize(
     State(state): State<AppState>,
-    Extension(view): Extension<View>,
     request: Request,
 ) -> ApiResult<Json<Detokenized>> {
     const NAME: &str = "tokens";
     let mut fields = body::read_fields(&state, request).await?;
-    let subject = Subject::find(&state, view, &mut fields)?;
+    let subject = Subject::find(&state, &mut fields)?;
     let skip_special = fields.bool("skip_special_tokens")?.unwrap_or(false);
     let Some(Value::Array(items)) = fields.take(NAME) else {
         return Err(ApiError::invalid(NAME, "'tokens' must be an array of token ids."));

@@ -54,8 +54,8 @@ const FIRST_REQUEST: Duration = Duration::from_secs(1);
 pub(super) struct Shared {
     /// Answers until there is an app.
     waiting: Router,
-    /// The app of [`View::All`] and that of [`View::Encoders`].
-    apps: OnceLock<[Router; 2]>,
+    /// The app of each view, in the order of [`View::ALL`].
+    apps: OnceLock<[Router; View::ALL.len()]>,
     pub(super) config: ListenConfig,
     /// Cancelled: finish what runs, then close.
     pub(super) drain: CancellationToken,
@@ -83,19 +83,16 @@ impl Shared {
         }
     }
 
-    /// Requests go to `all` or `encoders` from now on, by the view of their address, also those of connections that are
+    /// Requests go to what `app` makes for the view of their address from now on, also those of connections that are
     /// already open.
-    pub(super) fn serve(&self, all: Router, encoders: Router) {
+    pub(super) fn serve(&self, app: impl Fn(View) -> Router) {
         // A second app would be a bug of ours; the first one stays.
-        let _ = self.apps.set([all, encoders]);
+        let _ = self.apps.set(View::ALL.map(app));
     }
 
     fn app(&self, view: View) -> &Router {
-        match (self.apps.get(), view) {
-            (None, _) => &self.waiting,
-            (Some([all, _]), View::All) => all,
-            (Some([_, encoders]), View::Encoders) => encoders,
-        }
+        let place = View::ALL.iter().position(|known| *known == view);
+        self.apps.get().zip(place).and_then(|(apps, place)| apps.get(place)).unwrap_or(&self.waiting)
     }
 
     /// Done when no connection is open.

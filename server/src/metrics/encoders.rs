@@ -47,7 +47,9 @@ impl EncodeTimes {
 
 pub(super) struct EncoderMetrics {
     pub(super) name: String,
+    asked: Many<Counter>,
     requests: Many<Counter>,
+    not_answered: Many<Counter>,
     refused: Many<Counter>,
     failed: Many<Counter>,
     cancelled: Many<Counter>,
@@ -80,17 +82,22 @@ impl EncoderMetrics {
             .set(encoder.handle.info().weight_bytes as f64);
         Self {
             name: encoder.name().to_owned(),
+            asked: r.counter(&["te_request_count"], "Requests that were answered, refused or failed."),
             requests: r.counter(
-                &["ingle_encoder_requests_total", "te_request_count", "te_request_success"],
+                &["ingle_encoder_requests_total", "te_request_success"],
                 "Requests that were answered with rows.",
+            ),
+            not_answered: r.counter(
+                &["te_request_failure"],
+                "Requests that were refused, for what they asked or because the queue was full, or failed.",
             ),
             refused: r.counter(
                 &["ingle_encoder_requests_refused_total"],
                 "Requests refused because the queue was full.",
             ),
             failed: r.counter(
-                &["ingle_encoder_requests_failed_total", "te_request_failure"],
-                "Requests that failed.",
+                &["ingle_encoder_requests_failed_total"],
+                "Requests that the model could not compute.",
             ),
             cancelled: r
                 .counter(&["ingle_encoder_requests_cancelled_total"], "Requests whose clients went away."),
@@ -124,12 +131,19 @@ impl EncoderMetrics {
     }
 
     pub(super) fn put(&self, times: &EncodeTimes, put: impl Fn(&Many<Histogram>, f64)) {
+        self.asked.add(1);
         self.requests.add(1);
         self.request_inputs.add(times.num_inputs as u64);
         put(&self.whole, times.started.elapsed().as_secs_f64());
         put(&self.tokenization, times.tokenization.as_secs_f64());
         put(&self.queue, times.queue.as_secs_f64());
         put(&self.inference, times.inference.as_secs_f64());
+    }
+
+    /// A request that got no rows.
+    pub(super) fn fail(&self) {
+        self.asked.add(1);
+        self.not_answered.add(1);
     }
 
     /// Takes over what the encoder counts itself.

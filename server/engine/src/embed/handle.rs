@@ -138,6 +138,8 @@ pub struct EncoderStats {
 #[derive(Debug)]
 pub(super) struct Submission {
     pub(super) inputs: Vec<EncoderInput>,
+    /// Rows are wanted as they are before a last scaling to length 1.
+    pub(super) unscaled: bool,
     pub(super) reply: Reply,
     pub(super) submitted: Instant,
 }
@@ -233,6 +235,22 @@ impl EncoderHandle {
     /// # Errors
     /// If the queue is full, an input can never be computed, or the encoder takes no requests.
     pub fn submit(&self, inputs: Vec<EncoderInput>) -> Result<EncodeRequest, EncodeSubmitError> {
+        self.hand_over(inputs, false)
+    }
+
+    /// [`EncoderHandle::submit`] for rows as they are before a last scaling to length 1.
+    ///
+    /// # Errors
+    /// As [`EncoderHandle::submit`].
+    pub fn submit_unscaled(&self, inputs: Vec<EncoderInput>) -> Result<EncodeRequest, EncodeSubmitError> {
+        self.hand_over(inputs, true)
+    }
+
+    fn hand_over(
+        &self,
+        inputs: Vec<EncoderInput>,
+        unscaled: bool,
+    ) -> Result<EncodeRequest, EncodeSubmitError> {
         let shared = &self.0.shared;
         self.check(&inputs)?;
         let tokens: usize = inputs.iter().map(|input| input.ids.len()).sum();
@@ -271,7 +289,7 @@ impl EncoderHandle {
             inbox.busy = true;
             inbox.last_progress = now;
         }
-        inbox.submissions.push(Submission { inputs, reply, submitted: now });
+        inbox.submissions.push(Submission { inputs, unscaled, reply, submitted: now });
         drop(inbox);
         shared.wake.notify_one();
         Ok(EncodeRequest(result))

@@ -14,7 +14,7 @@ pub use handle::{
 };
 pub use ingle_models::encoder::{
     Encoder, EncoderBatch, EncoderInfo, EncoderOptions, EncoderTask, Pooling, PoolingMode, ScoreActivation,
-    load_encoder,
+    load_encoder, scale_rows,
 };
 
 /// One text, or one pair of texts, as token ids.

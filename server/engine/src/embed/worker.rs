@@ -12,9 +12,9 @@ use ingle_models::gpu;
 
 use crate::compute::Turn;
 
-use super::Encoder;
 use super::batching::{BatchQueue, Job, RequestKey, by_request, ragged};
 use super::handle::{EncodeError, EncodeOutput, EncoderStats, Reply, Shared, Submission};
+use super::{Encoder, scale_rows};
 
 /// Tokens of a batch before the speed is known.
 const FIRST_BUDGET: usize = 512;
@@ -41,6 +41,7 @@ pub(super) struct Worker {
 /// An accepted request that is not yet answered.
 struct Open {
     reply: Reply,
+    unscaled: bool,
     rows: Vec<f32>,
     left: usize,
     submitted: Instant,
@@ -145,9 +146,9 @@ impl Worker {
     }
 
     fn add(&mut self, submission: Submission) {
-        let Submission { inputs, reply, submitted } = submission;
+        let Submission { inputs, unscaled, reply, submitted } = submission;
         let rows = vec![0.0; inputs.len() * self.width];
-        let open = Open { reply, rows, left: inputs.len(), submitted, started: None };
+        let open = Open { reply, unscaled, rows, left: inputs.len(), submitted, started: None };
         let key = self.next_key;
         self.next_key += 1;
         self.requests.insert(key, open);
@@ -211,7 +212,13 @@ impl Worker {
             turn.busy_seconds()
         });
         let begin = Instant::now();
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.encoder.forward(&batch)));
+        // Requests that want rows unscaled may share a batch with others; those get theirs scaled here, to the same bits.
+        let wants_unscaled = |job: &Job| self.requests.get(&job.key).is_some_and(|open| open.unscaled);
+        let unscaled: Vec<bool> = jobs.iter().map(|job| wants_unscaled(job)).collect();
+        let splits = self.encoder.info().normalize && unscaled.contains(&true);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            if splits { self.encoder.forward_unscaled(&batch) } else { self.encoder.forward(&batch) }
+        }));
         let seconds = match (&self.turn, busy_before) {
             // Time in which another model computed is not this one's.
             (Some(turn), Some(before)) => turn.busy_seconds() - before,
@@ -219,7 +226,7 @@ impl Worker {
         };
         self.stats.batches += 1;
         self.stats.busy_seconds += seconds;
-        let rows = match outcome {
+        let mut rows = match outcome {
             Ok(Ok(rows)) => rows,
             Ok(Err(error)) => {
                 let text = error.to_string();
@@ -235,6 +242,10 @@ impl Worker {
         if rows.len() != jobs.len() * self.width {
             let message = format!("{} numbers for {} rows of {}", rows.len(), jobs.len(), self.width);
             return Err(EncodeError::Batch(message));
+        }
+        if splits {
+            let rows = rows.chunks_exact_mut(self.width).zip(&unscaled);
+            rows.filter(|(_, unscaled)| !**unscaled).for_each(|(row, _)| scale_rows(row, self.width));
         }
         self.stats.inputs += jobs.len() as u64;
         self.stats.tokens += tokens as u64;

@@ -15,6 +15,7 @@ use std::time::Instant;
 use axum::{
     extract::{Request, State},
     http::{HeaderName, HeaderValue, header},
+    middleware::Next,
     response::{IntoResponse, Response},
 };
 use ingle_engine::embed::{EncodeError, EncodeOutput, EncodeSubmitError, EncoderTask, ScoreActivation};
@@ -59,7 +60,7 @@ pub(crate) fn model(
 ) -> ApiResult<(Arc<EncoderModel>, String)> {
     let name = fields.string("model")?.filter(|name| !name.is_empty());
     let Some(name) = name else {
-        let first = tasks.iter().find_map(|task| state.encoders().iter().find(|e| e.task() == *task));
+        let first = tasks.iter().find_map(|task| state.shown().find(|encoder| encoder.task() == *task));
         return match first {
             Some(encoder) => {
                 if let Some(record) = record::current() {
@@ -73,17 +74,49 @@ pub(crate) fn model(
             }
         };
     };
-    let resolved = state.resolve(&name).ok_or_else(|| unknown_model(&name))?;
-    match state.encoders().iter().find(|encoder| encoder.name() == resolved.served) {
-        Some(encoder) if tasks.contains(&encoder.task()) => {
-            if let Some(record) = record::current() {
-                record.model(&name, &resolved.served);
-            }
-            Ok((Arc::clone(encoder), resolved.answer))
-        }
-        Some(encoder) => Err(wrong_task(&name, task_name(encoder.task()), wanted(tasks))),
-        None => Err(wrong_task(&name, GENERATE, wanted(tasks))),
+    named(state, &name, tasks)
+}
+
+/// The encoder called `name`, with the name for the answer.
+pub(crate) fn named(
+    state: &AppState,
+    name: &str,
+    tasks: &[EncoderTask],
+) -> ApiResult<(Arc<EncoderModel>, String)> {
+    let resolved = state.resolve(name).ok_or_else(|| unknown_model(name))?;
+    let Some(encoder) = state.encoders().iter().find(|encoder| encoder.name() == resolved.served) else {
+        return Err(wrong_task(name, GENERATE, wanted(tasks)));
+    };
+    if !tasks.contains(&encoder.task()) {
+        return Err(wrong_task(name, task_name(encoder.task()), wanted(tasks)));
     }
+    if !state.view().shows(encoder.task()) {
+        return Err(unknown_model(name));
+    }
+    if let Some(record) = record::current() {
+        record.model(name, &resolved.served);
+    }
+    Ok((Arc::clone(encoder), resolved.answer))
+}
+
+/// Counts what a route of encoders refuses or fails at, under the model that was asked; where none was found, under the
+/// first that does what the route is for.
+pub(crate) async fn count_failures(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let tasks: &[EncoderTask] = match (path.ends_with("rerank"), path.ends_with("score")) {
+        (true, _) => &[EncoderTask::Rerank],
+        (_, true) => &[EncoderTask::Rerank, EncoderTask::Embed],
+        _ => &[EncoderTask::Embed, EncoderTask::Rerank],
+    };
+    let response = next.run(request).await;
+    if response.status().is_client_error() || response.status().is_server_error() {
+        let asked = record::current().map(|record| record.served()).filter(|name| !name.is_empty());
+        let first = || tasks.iter().find_map(|task| state.shown().find(|encoder| encoder.task() == *task));
+        if let Some(name) = asked.or_else(|| first().map(|encoder| encoder.name().to_owned())) {
+            state.metrics().not_encoded(&name);
+        }
+    }
+    response
 }
 
 /// Answers a request to generate where no model does.
@@ -93,7 +126,7 @@ pub(crate) async fn refuse_generation(State(state): State<AppState>, request: Re
         Ok(mut fields) => match fields.string("model") {
             Err(error) => error,
             Ok(Some(name)) if !name.is_empty() => {
-                let encoder = state.encoders().iter().find(|encoder| encoder.names.contains(&name));
+                let encoder = state.shown().find(|encoder| encoder.names.contains(&name));
                 match encoder {
                     Some(encoder) => wrong_task(&name, task_name(encoder.task()), "generates text"),
                     None => unknown_model(&name),
@@ -163,12 +196,35 @@ impl Truncation {
 /// Computes the rows of `inputs`, in their order.
 ///
 /// # Errors
-/// 429 when the queue is full, 503 when the encoder takes nothing, 500 if it fails, 504 at the deadline.
+/// As [`rows_as`].
 pub(crate) async fn rows(
     state: &AppState,
     encoder: &EncoderModel,
     inputs: Vec<Encoded>,
+    times: EncodeTimes,
+) -> ApiResult<EncodeOutput> {
+    rows_as(state, encoder, inputs, times, Scale::Model).await
+}
+
+/// How long a row is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scale {
+    /// As the model makes it.
+    Model,
+    /// As it is before the model scales it to 1, if it does.
+    Raw,
+}
+
+/// [`rows`], scaled or not.
+///
+/// # Errors
+/// 429 when the queue is full, 503 when the encoder takes nothing, 500 if it fails, 504 at the deadline.
+pub(crate) async fn rows_as(
+    state: &AppState,
+    encoder: &EncoderModel,
+    inputs: Vec<Encoded>,
     mut times: EncodeTimes,
+    scale: Scale,
 ) -> ApiResult<EncodeOutput> {
     times.tokenized();
     let inputs: Vec<_> = inputs.into_iter().map(|encoded| encoded.input).collect();
@@ -177,7 +233,11 @@ pub(crate) async fn rows(
     if let Some(record) = &record {
         super::generate::admit_key(state, record, tokens)?;
     }
-    let request = encoder.handle.submit(inputs).map_err(|refusal| refused(&refusal))?;
+    let submitted = match scale {
+        Scale::Model => encoder.handle.submit(inputs),
+        Scale::Raw => encoder.handle.submit_unscaled(inputs),
+    };
+    let request = submitted.map_err(|refusal| refused(&refusal))?;
     let limit = record.as_ref().map_or(state.config().request_timeout, Record::limit);
     let output = tokio::select! {
         output = tokio::time::timeout(limit, request.finish()) => {

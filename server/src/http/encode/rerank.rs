@@ -31,7 +31,12 @@ use inputs::Encoded;
     )
 )]
 pub(crate) async fn create(State(state): State<AppState>, request: Request) -> ApiResult<Response> {
-    let mut fields = body::read_fields(&state, request).await?;
+    let fields = body::read_fields(&state, request).await?;
+    create_fields(state, fields).await
+}
+
+/// [`create`] of a body that was read.
+pub(super) async fn create_fields(state: AppState, mut fields: Fields) -> ApiResult<Response> {
     let (encoder, name) = model(&state, &mut fields, &[EncoderTask::Rerank])?;
     let query = required(&mut fields, "query")?;
     let num_special = encoder.tokenizer.frame().num_special_pair();
@@ -80,13 +85,14 @@ pub(crate) async fn create(State(state): State<AppState>, request: Request) -> A
             ranked.into_iter().map(|(index, score)| TeiRank { index, score, text: text(index) }).collect();
         return respond(&state, ranks, 0, total, ignored).await;
     }
+    let cuts = truncation.cut || max_per_document.is_some();
     let results = ranked
         .into_iter()
         .map(|(index, relevance_score)| RerankResult {
             index,
             relevance_score,
             document: kept.get(index).cloned().map(|text| RerankDocument { text }),
-            dropped_tokens: if truncation.cut { dropped.get(index).copied() } else { None },
+            dropped_tokens: if cuts { dropped.get(index).copied() } else { None },
         })
         .collect();
     let list = RerankList {

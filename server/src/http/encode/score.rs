@@ -57,7 +57,7 @@ pub(crate) async fn create(State(state): State<AppState>, request: Request) -> A
         inputs::encode(&state, &encoder, all, None, truncation, "text_1 + text_2").await?
     };
     let tokens = inputs::num_tokens(&encoded);
-    let dropped = encoded.iter().map(|encoded| encoded.dropped).sum();
+    let dropped: Vec<usize> = encoded.iter().map(|encoded| encoded.dropped).collect();
     let times = times(encoded.len());
     let output = rows(&state, &encoder, encoded, times).await?;
     let row = |i: usize| output.rows.chunks_exact(output.width).nth(i).unwrap_or_default();
@@ -68,8 +68,18 @@ pub(crate) async fn create(State(state): State<AppState>, request: Request) -> A
             cosine(row(if num_first == 1 { 0 } else { i }), row(num_first + i))
         }
     };
-    let data =
-        (0..num_second).map(|index| ScoreObject { index, object: "score", score: score(index) }).collect();
+    let lost = |i: usize| {
+        let of = |place: usize| dropped.get(place).copied().unwrap_or(0);
+        if is_pair { of(i) } else { of(if num_first == 1 { 0 } else { i }) + of(num_first + i) }
+    };
+    let data = (0..num_second)
+        .map(|index| ScoreObject {
+            index,
+            object: "score",
+            score: score(index),
+            dropped_tokens: truncation.cut.then(|| lost(index)),
+        })
+        .collect();
     let list = ScoreList {
         id: new_id("score"),
         object: "list",
@@ -78,7 +88,7 @@ pub(crate) async fn create(State(state): State<AppState>, request: Request) -> A
         data,
         usage: EmbeddingUsage { prompt_tokens: tokens, total_tokens: tokens },
     };
-    respond(&state, list, 0, dropped, ignored).await
+    respond(&state, list, 0, dropped.iter().sum(), ignored).await
 }
 
 /// A string or a list of strings under one of two names.

@@ -1,17 +1,24 @@
-//! `POST /embed`, `POST /similarity` and `GET /info`, in the shapes of text-embeddings-inference.
+//! `POST /embed`, `POST /similarity`, `POST /` and `GET /info`, in the shapes of text-embeddings-inference.
 
 use axum::{
     Json,
-    extract::{Request, State},
+    extract::{Query, Request, State, rejection::QueryRejection},
     response::Response,
 };
 use ingle_engine::embed::{EncoderTask, PoolingMode};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Truncation, cosine, embeddings, inputs, model, normalize, rerank::required, respond, rows, times,
+    Scale, Truncation, cosine, embeddings, inputs, model, named, normalize,
+    rerank::{self, required},
+    respond, rows, rows_as, times,
 };
-use crate::http::{body, types::TeiInfo, validate::kind_of};
+use crate::http::{
+    body,
+    types::TeiInfo,
+    validate::{Fields, kind_of},
+};
 use crate::{
     error::{ApiError, ApiResult, ErrorKind},
     state::AppState,
@@ -28,7 +35,12 @@ use inputs::Inputs;
     )
 )]
 pub(crate) async fn embed(State(state): State<AppState>, request: Request) -> ApiResult<Response> {
-    let mut fields = body::read_fields(&state, request).await?;
+    let fields = body::read_fields(&state, request).await?;
+    embed_fields(state, fields).await
+}
+
+/// [`embed`] of a body that was read.
+async fn embed_fields(state: AppState, mut fields: Fields) -> ApiResult<Response> {
     let (encoder, _) = model(&state, &mut fields, &[EncoderTask::Embed])?;
     let info = encoder.handle.info();
     let scaled = fields.bool("normalize")?.unwrap_or(true);
@@ -42,13 +54,14 @@ pub(crate) async fn embed(State(state): State<AppState>, request: Request) -> Ap
     let times = times(input.len());
     let encoded = inputs::encode(&state, &encoder, input, prompt, truncation, "inputs").await?;
     let dropped = encoded.iter().map(|encoded| encoded.dropped).sum();
-    let output = rows(&state, &encoder, encoded, times).await?;
+    let scale = if scaled { Scale::Model } else { Scale::Raw };
+    let output = rows_as(&state, &encoder, encoded, times, scale).await?;
     let num_numbers = output.rows.len();
     let vectors: Vec<Vec<f32>> = output
         .rows
         .chunks_exact(output.width)
         .map(|row| {
-            let mut vector = embeddings::cut(row, dimensions, info.normalize);
+            let mut vector = embeddings::cut(row, dimensions, scaled && info.normalize);
             if scaled && !info.normalize {
                 normalize(&mut vector);
             }
@@ -68,7 +81,32 @@ pub(crate) async fn embed(State(state): State<AppState>, request: Request) -> Ap
     )
 )]
 pub(crate) async fn similarity(State(state): State<AppState>, request: Request) -> ApiResult<Response> {
-    let mut fields = body::read_fields(&state, request).await?;
+    let fields = body::read_fields(&state, request).await?;
+    similarity_fields(state, fields).await
+}
+
+/// What clients ask that know only an address: by what the body has, ranks, compares or embeds.
+#[utoipa::path(
+    post, path = "/", tag = "encode",
+    request_body(content = Object, description = "That of `/rerank` (`query` and `texts`), of `/similarity` (`inputs`: an object) or of `/embed`."),
+    responses(
+        (status = 200, description = "The answer of that route."),
+        (status = "default", description = "What went wrong.", body = crate::error::ErrorBody)
+    )
+)]
+pub(crate) async fn root(State(state): State<AppState>, request: Request) -> ApiResult<Response> {
+    let fields = body::read_fields(&state, request).await?;
+    if fields.map().contains_key("query") || fields.map().contains_key("texts") {
+        return rerank::create_fields(state, fields).await;
+    }
+    match fields.map().get("inputs") {
+        Some(Value::Object(_)) => similarity_fields(state, fields).await,
+        _ => embed_fields(state, fields).await,
+    }
+}
+
+/// [`similarity`] of a body that was read.
+async fn similarity_fields(state: AppState, mut fields: Fields) -> ApiResult<Response> {
     let (encoder, _) = model(&state, &mut fields, &[EncoderTask::Embed])?;
     let mut input =
         fields.object("inputs")?.ok_or_else(|| ApiError::invalid("inputs", "'inputs' is required."))?;
@@ -89,7 +127,7 @@ pub(crate) async fn similarity(State(state): State<AppState>, request: Request) 
     };
     let mut parameters = match fields.object("parameters")? {
         Some(parameters) => parameters,
-        None => crate::http::validate::Fields::new(serde_json::Map::new()),
+        None => Fields::new(serde_json::Map::new()),
     };
     let num_special = encoder.tokenizer.frame().num_special();
     let truncation = Truncation::read(&state, &encoder, &mut parameters, num_special)?;
@@ -107,17 +145,32 @@ pub(crate) async fn similarity(State(state): State<AppState>, request: Request) 
     respond(&state, cosines, 0, dropped, ignored).await
 }
 
-/// Facts of the first model that encodes.
+/// What `/info` is asked.
+#[derive(Debug, Deserialize)]
+pub(crate) struct InfoQuery {
+    model: Option<String>,
+}
+
+/// Facts of a model that encodes; without `model` of the first.
 #[utoipa::path(
-    get, path = "/info", tag = "encode",
+    get, path = "/info", tag = "encode", params(("model" = Option<String>, Query, description = "A served name.")),
     responses(
         (status = 200, description = "The facts.", body = TeiInfo),
         (status = "default", description = "What went wrong.", body = crate::error::ErrorBody)
     )
 )]
-pub(crate) async fn info(State(state): State<AppState>) -> ApiResult<Json<TeiInfo>> {
-    let Some(encoder) = state.encoders().first() else {
-        return Err(ApiError::new(ErrorKind::NotFound, "No embedding model and no reranker is served."));
+pub(crate) async fn info(
+    State(state): State<AppState>,
+    query: Result<Query<InfoQuery>, QueryRejection>,
+) -> ApiResult<Json<TeiInfo>> {
+    let Ok(Query(InfoQuery { model })) = query else {
+        return Err(ApiError::invalid("model", "The query may have one 'model'."));
+    };
+    let encoder = match model.filter(|name| !name.is_empty()) {
+        Some(name) => named(&state, &name, &[EncoderTask::Embed, EncoderTask::Rerank])?.0,
+        None => state.shown().next().cloned().ok_or_else(|| {
+            ApiError::new(ErrorKind::NotFound, "No embedding model and no reranker is served.")
+        })?,
     };
     let (info, config) = (encoder.handle.info(), encoder.handle.config());
     let model_type = match info.task {
