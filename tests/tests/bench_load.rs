@@ -100,3 +100,32 @@ async fn a_sharegpt_file_gives_its_questions_and_the_lengths_of_its_answers() {
     let fixed = points(&server, &[&flags[..], &["--output-len", "5"]].concat()).remove(0);
     assert_eq!(fixed["total_output_tokens"], 15);
 }
+
+#[tokio::test]
+async fn a_run_is_not_answered_from_the_cache_of_the_one_before_unless_it_is_the_same() {
+    let server = Launch::tiny().start().await;
+    let url = server.url("");
+    let run = |flags: &[&str]| {
+        let load = ["-n", "6", "-c", "2", "--input-len", "96", "--output-len", "2", "--num-warmups", "0"];
+        let format = ["--format", "jsonl"];
+        let run = ingle(&[&["bench", "serve", "--url", &url][..], &load, &format, flags].concat());
+        let point: Value = serde_json::from_str(&done(&run).stdout).expect("one line of JSON");
+        (point["cached_token_share"].as_f64().expect("the server says"), run.stderr)
+    };
+    for _ in 0..2 {
+        let (cached, remarks) = run(&[]);
+        assert!(cached < 0.05 && !remarks.contains("WARNING: the server had"), "{cached}: {remarks}");
+    }
+    assert!(run(&["--seed", "5"]).0 < 0.05);
+    let (cached, remarks) = run(&["--seed", "5"]);
+    assert!(cached > 0.5 && remarks.contains("WARNING: the server had"), "{cached}: {remarks}");
+}
+
+#[tokio::test]
+async fn all_at_once_means_all() {
+    let server = Launch::tiny().start().await;
+    let flags = ["-r", "inf", "-n", "24", "--input-len", "8", "--output-len", "200", "--num-warmups", "0"];
+    let point = points(&server, &flags).remove(0);
+    assert_eq!((&point["max_concurrency"], &point["completed"]), (&Value::Null, &json!(24)), "{point}");
+    assert!(point["max_concurrent_requests"].as_u64() > Some(8), "{point}");
+}

@@ -2,8 +2,11 @@
 
 mod batching_equivalence;
 mod bench;
+mod bench_compare;
+mod bench_embed;
 mod bench_load;
 mod bench_reports;
+mod bench_startup;
 mod cancellation;
 mod checkpoints;
 mod cli;

@@ -148,11 +148,11 @@ pub struct ServeBenchArgs {
     pub extra_body: Option<String>,
 
     /// Requests under way at once; several, separated by commas, are measured one after another [default: 8, or no
-    /// limit if --request-rate is given].
+    /// limit if --request-rate is given, be it inf].
     #[arg(long, short = 'c', value_delimiter = ',', help_heading = "Load")]
     pub max_concurrency: Vec<usize>,
-    /// Requests a second, or inf; several are measured one after another.
-    #[arg(long, short = 'r', value_delimiter = ',', default_value = "inf", help_heading = "Load")]
+    /// Requests a second, or inf for all at once; several are measured one after another [default: inf, with 8 under way].
+    #[arg(long, short = 'r', value_delimiter = ',', help_heading = "Load")]
     pub request_rate: Vec<Rate>,
     /// How even the arrivals are: 1 is a Poisson process, below 1 comes in bursts, above 1 is more even.
     #[arg(long, default_value_t = 1.0, help_heading = "Load")]
@@ -170,9 +170,10 @@ pub struct ServeBenchArgs {
     /// Measure everything so many times; servers and loads take turns.
     #[arg(long, default_value_t = 1, help_heading = "Load")]
     pub repeats: usize,
-    /// Seed of prompts and arrivals: the same seed gives the same load.
-    #[arg(long, default_value_t = 0, help_heading = "Load")]
-    pub seed: u64,
+    /// Seed of prompts and arrivals: the same seed gives the same load to the letter, of which a prefix cache knows the second
+    /// run [default: lengths and arrivals are those of seed 0, the words of made-up prompts are others in every run].
+    #[arg(long, help_heading = "Load")]
+    pub seed: Option<u64>,
     /// Objectives that a request must keep to count for goodput, in milliseconds: ttft:MS tpot:MS e2el:MS.
     #[arg(long, num_args = 1.., value_name = "NAME:MS", help_heading = "Load")]
     pub goodput: Vec<String>,
@@ -231,7 +232,8 @@ What the table says:
   tgN     N answer tokens, one a step and sequence
   @ dN    with N tokens cached before;  xN: N sequences together
   GB/s    weights and cached keys and values that had to be read; its limit is the read bandwidth measured now
-  GFLOP/s matrix products and attention; its limit is the fastest multiply-add of this processor measured now";
+  GFLOP/s matrix products and attention; its limit is the rate, measured now, of the instructions that multiply
+          weights of this type";
 
 /// A prompt and an answer that follow each other: `512,128`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -298,7 +300,10 @@ pub const EMBED_HELP: &str = "\
 Examples:
   ingle bench embed --url http://127.0.0.1:8080
   ingle bench embed --url http://127.0.0.1:3000 --backend tei --lengths 128,384 --batch-size 1,32
-  ingle bench embed --peers ingle=http://127.0.0.1:8080,tei=http://127.0.0.1:3000 --concurrency 4";
+  ingle bench embed --peers ingle=http://127.0.0.1:8080,tei=http://127.0.0.1:3000 --concurrency 4
+
+Without --model, the first model is measured whose task is \"embed\", else the first that the server lists. A length that the
+server refuses is a row with the reason; the command fails if all rows do.";
 
 /// `ingle bench embed`
 #[derive(Debug, Clone, Args)]
@@ -324,6 +329,9 @@ pub struct EmbedBenchArgs {
     /// Requests before them that are not counted.
     #[arg(long, default_value_t = 2, help_heading = "Load")]
     pub num_warmups: usize,
+    /// Measure everything so many times; servers, lengths and batches take turns.
+    #[arg(long, default_value_t = 1, help_heading = "Load")]
+    pub repeats: usize,
     /// Seed of the texts.
     #[arg(long, default_value_t = 0, help_heading = "Load")]
     pub seed: u64,
@@ -340,6 +348,7 @@ pub const STARTUP_HELP: &str = "\
 Examples:
   ingle bench startup ./my-model                        this binary, on a free port
   ingle bench startup ./my-model -- --quantization int8  with flags of `ingle serve`
+  ingle bench startup ./my-embedder --embed              exec to the first embedding
   ingle bench startup --url http://127.0.0.1:8081 -- llama-server -m model.gguf --port 8081";
 
 /// `ingle bench startup`
@@ -356,6 +365,9 @@ pub struct StartupBenchArgs {
     /// Name of the model there [default: the first that the server lists].
     #[arg(long)]
     pub model_name: Option<String>,
+    /// MODEL is an embedding model (or the command serves one): the first thing asked is an embedding.
+    #[arg(long)]
+    pub embed: bool,
     /// First thing asked.
     #[arg(long, default_value = "Once upon a time")]
     pub prompt: String,
@@ -365,7 +377,7 @@ pub struct StartupBenchArgs {
     /// Seconds to wait for a start.
     #[arg(long, default_value_t = 300)]
     pub timeout: u64,
-    /// File for what the server prints.
+    /// File for what the server prints [default: its last lines are shown if it fails].
     #[arg(long)]
     pub log: Option<PathBuf>,
     /// Where results go.

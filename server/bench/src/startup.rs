@@ -1,4 +1,5 @@
-//! `ingle bench startup`: how long a server takes from exec to ready to its first token, and the memory it holds then.
+//! `ingle bench startup`: how long a server takes from exec to ready to its first token or embedding, and the memory it
+//! holds then.
 
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -13,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::cli::StartupBenchArgs;
 use crate::environment::Environment;
-use crate::report::Table;
+use crate::report::{Cell, Table};
 use crate::serve::{Access, Api, first_token};
 use crate::stats::Summary;
 
@@ -22,7 +23,7 @@ use crate::stats::Summary;
 pub struct Start {
     /// Milliseconds from exec until the server says that it is ready.
     pub ready_ms: f64,
-    /// Milliseconds from exec until the first token of the first answer.
+    /// Milliseconds from exec until the first token of the first answer; with `--embed` until the first embedding.
     pub first_token_ms: f64,
     /// Milliseconds of that first request alone.
     pub first_ttft_ms: f64,
@@ -41,6 +42,10 @@ pub struct StartupResult {
     pub kind: String,
     /// Where and with what.
     pub environment: Environment,
+    /// Model that was served, if this program was started.
+    pub model: Option<String>,
+    /// What was asked: `generate` or `embed`.
+    pub task: String,
     /// What was started.
     pub server_command: Vec<String>,
     /// Notes of the user.
@@ -52,7 +57,7 @@ pub struct StartupResult {
 /// Starts `command`, whose server will be at `url`, as often as `args` say.
 ///
 /// # Errors
-/// If it does not become ready.
+/// If it does not become ready or does not answer; the last lines that it printed are part of the error.
 pub fn run(args: &StartupBenchArgs, command: &[String], url: &str) -> anyhow::Result<StartupResult> {
     let environment = Environment::detect();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -63,6 +68,8 @@ pub fn run(args: &StartupBenchArgs, command: &[String], url: &str) -> anyhow::Re
     Ok(StartupResult {
         kind: "startup".to_owned(),
         environment,
+        model: args.model.clone(),
+        task: if args.embed { "embed" } else { "generate" }.to_owned(),
         server_command: command.to_vec(),
         metadata: crate::report::metadata(&args.out.metadata)?,
         points,
@@ -87,17 +94,14 @@ struct Server {
 }
 
 impl Server {
-    fn spawn(command: &[String], log: Option<&Path>) -> anyhow::Result<Self> {
+    fn spawn(command: &[String], log: File) -> anyhow::Result<Self> {
         let (program, rest) = command.split_first().context("no command was given")?;
-        let output = |file: Option<File>| file.map_or_else(Stdio::null, Stdio::from);
-        let log =
-            log.map(|path| File::create(path).with_context(|| path.display().to_string())).transpose()?;
-        let copy = log.as_ref().map(File::try_clone).transpose()?;
+        let copy = log.try_clone()?;
         let child = Command::new(program)
             .args(rest)
             .stdin(Stdio::null())
-            .stdout(output(log))
-            .stderr(output(copy))
+            .stdout(log)
+            .stderr(copy)
             // A group of its own, so that helpers it starts are found and ended with it.
             .process_group(0)
             .spawn()
@@ -113,7 +117,7 @@ impl Server {
                 (None, Some(signal)) => format!("signal {signal}"),
                 (None, None) => "an unknown status".to_owned(),
             };
-            bail!("the server ended with {how} before it was ready; --log FILE keeps what it said");
+            bail!("the server ended with {how} before it was ready");
         }
         Ok(())
     }
@@ -139,14 +143,45 @@ impl Drop for Server {
     }
 }
 
+/// One start; what the server prints goes to the file of `--log`, else to one that is only kept for its last lines.
 async fn start(args: &StartupBenchArgs, command: &[String], url: &str) -> anyhow::Result<Start> {
+    let kept = tempfile::NamedTempFile::new().context("a file for what the server prints")?;
+    let path = args.log.as_deref().unwrap_or(kept.path());
+    let log = File::create(path).with_context(|| path.display().to_string())?;
+    watched(args, command, url, log).await.map_err(|error| {
+        let lines = last_lines(path);
+        if lines.is_empty() {
+            error
+        } else {
+            anyhow::anyhow!("{error:#}; the last that it printed:\n{lines}")
+        }
+    })
+}
+
+/// The last lines of a file, without those that are empty.
+fn last_lines(path: &Path) -> String {
+    const LINES: usize = 10;
+    let text = String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
+}
+
+/// Seconds to the answer that `args` ask for.
+async fn first_answer(args: &StartupBenchArgs, access: &Access) -> anyhow::Result<f64> {
+    if args.embed {
+        return crate::embed::first_vector(access, &args.prompt).await;
+    }
+    first_token(access, Api::Completions, &args.prompt).await
+}
+
+async fn watched(args: &StartupBenchArgs, command: &[String], url: &str, log: File) -> anyhow::Result<Start> {
     let base = crate::serve::base_url(url);
     let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
     if http.get(format!("{base}{}", args.ready_path)).send().await.is_ok() {
         bail!("something answers at {base} already");
     }
     let begin = Instant::now();
-    let mut server = Server::spawn(command, args.log.as_deref())?;
+    let mut server = Server::spawn(command, log)?;
     let limit = Duration::from_secs(args.timeout);
     while !http
         .get(format!("{base}{}", args.ready_path))
@@ -170,10 +205,10 @@ async fn start(args: &StartupBenchArgs, command: &[String], url: &str) -> anyhow
         timeout: limit,
     };
     let asked = Instant::now();
-    let ttft = first_token(&access, Api::Completions, &args.prompt).await?;
+    let ttft = first_answer(args, &access).await?;
     let first_token_ms = (asked.duration_since(begin).as_secs_f64() + ttft) * 1e3;
     let (rss, peak) = memory(server.child.id());
-    let second = first_token(&access, Api::Completions, &args.prompt).await?;
+    let second = first_answer(args, &access).await?;
     Ok(Start {
         ready_ms: ready.as_secs_f64() * 1e3,
         first_token_ms,
@@ -210,7 +245,9 @@ fn memory(group: u32) -> (f64, f64) {
 pub(crate) struct Figure {
     /// Its name in results.
     pub(crate) name: &'static str,
-    pub(crate) label: &'static str,
+    label: &'static str,
+    /// The label where embeddings are asked for.
+    embed_label: &'static str,
     pub(crate) unit: &'static str,
     pub(crate) of: fn(&Start) -> f64,
 }
@@ -219,32 +256,47 @@ pub(crate) struct Figure {
 pub(crate) const FIGURES: [Figure; 6] = {
     const fn figure(
         name: &'static str,
-        label: &'static str,
+        (label, embed_label): (&'static str, &'static str),
         unit: &'static str,
         of: fn(&Start) -> f64,
     ) -> Figure {
-        Figure { name, label, unit, of }
+        Figure { name, label, embed_label, unit, of }
     }
+    const fn both(label: &'static str) -> (&'static str, &'static str) {
+        (label, label)
+    }
+    const FIRST: (&str, &str) = ("exec to first token", "exec to first embedding");
+    const ONE: (&str, &str) = ("TTFT of the first request", "latency of the first request");
+    const TWO: (&str, &str) = ("TTFT of the second request", "latency of the second request");
     [
-        figure("ready_ms", "exec to ready", "ms", |start| start.ready_ms),
-        figure("first_token_ms", "exec to first token", "ms", |start| start.first_token_ms),
-        figure("first_ttft_ms", "TTFT of the first request", "ms", |start| start.first_ttft_ms),
-        figure("second_ttft_ms", "TTFT of the second request", "ms", |start| start.second_ttft_ms),
-        figure("rss_mib", "resident memory when ready", "MiB", |start| start.rss_mib),
-        figure("peak_rss_mib", "largest resident memory", "MiB", |start| start.peak_rss_mib),
+        figure("ready_ms", both("exec to ready"), "ms", |start| start.ready_ms),
+        figure("first_token_ms", FIRST, "ms", |start| start.first_token_ms),
+        figure("first_ttft_ms", ONE, "ms", |start| start.first_ttft_ms),
+        figure("second_ttft_ms", TWO, "ms", |start| start.second_ttft_ms),
+        figure("rss_mib", both("resident memory when ready"), "MiB", |start| start.rss_mib),
+        figure("peak_rss_mib", both("largest resident memory"), "MiB", |start| start.peak_rss_mib),
     ]
 };
+
+impl Figure {
+    /// What people call it in `result`.
+    pub(crate) fn label(&self, result: &StartupResult) -> &'static str {
+        if result.task == "embed" { self.embed_label } else { self.label }
+    }
+}
 
 /// A row a figure.
 #[must_use]
 pub fn table(result: &StartupResult) -> Table {
-    let mut table = Table::new(&["what", "median", "mean", "+-", "min", "max"], 1);
+    let columns = ["what", "median", "mean", "std", "min", "max"];
+    let columns = columns.map(|name| (if name == "std" { "+-" } else { name }, name));
+    let mut table = Table::new(&columns, 1);
     for figure in &FIGURES {
         let samples: Vec<f64> = result.points.iter().map(figure.of).collect();
         let Some(summary) = Summary::of(&samples) else { continue };
         let cells = [summary.median, summary.mean, summary.std, summary.min, summary.max];
-        let name = format!("{}, {}", figure.label, figure.unit);
-        table.push(std::iter::once(name).chain(cells.iter().map(|cell| format!("{cell:.1}"))).collect());
+        let name = Cell::text(format!("{}, {}", figure.label(result), figure.unit));
+        table.push(std::iter::once(name).chain(cells.map(|cell| Cell::Number(cell, 1))).collect());
     }
     table
 }

@@ -17,12 +17,18 @@ pub struct BenchArgs {
     /// What to measure.
     #[command(subcommand)]
     pub command: Option<BenchCommand>,
-    /// Compare two results: what changed from the first file to the second, with 95% confidence intervals.
+    /// Compare two results: what changed from the first file to the second, with 95% confidence intervals of the
+    /// repetitions. A measurement that the second lacks, or with more failed requests, is a regression: status 1. With one
+    /// repetition a change is "unsure" and never a regression: measure with --repeats 3 or more.
     #[arg(long, num_args = 2, value_names = ["BEFORE.json", "AFTER.json"])]
     pub compare: Vec<PathBuf>,
-    /// With --compare: exit with status 1 if a figure is surely worse by more than this, such as 5%.
+    /// With --compare: exit with status 1 if a figure is worse by more than this, such as 5%, and its interval shows that it
+    /// is worse at all; else it is "unsure".
     #[arg(long, requires = "compare", value_parser = share)]
     pub fail_above: Option<f64>,
+    /// With --compare: also if machine, model, weights, threads or workload differ.
+    #[arg(long, requires = "compare")]
+    pub anyway: bool,
     /// With --compare: form of the table.
     #[arg(long, default_value = "md", requires = "compare")]
     pub format: Format,
@@ -40,7 +46,7 @@ pub enum BenchCommand {
     /// Measure an embedding server (OpenAI or text-embeddings-inference style): texts a second by length and batch.
     #[command(after_long_help = EMBED_HELP)]
     Embed(Box<EmbedBenchArgs>),
-    /// Measure how long a server takes from exec to ready to its first token, and the memory it holds.
+    /// Measure how long a server takes from exec to ready to its first token or embedding, and the memory it holds.
     #[command(after_long_help = STARTUP_HELP)]
     Startup(Box<StartupBenchArgs>),
     /// Write a model of random weights with a tokenizer, so that every server can be given the same one.

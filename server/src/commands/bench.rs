@@ -10,7 +10,7 @@ use ingle_bench::cli::{EmbedBenchArgs, Format, MakeModelArgs, OutputArgs, ServeB
 use ingle_bench::compare::Verdict;
 use ingle_bench::model::{RandomModel, Subject};
 use ingle_bench::report::{
-    Table, embed_html, model_html, model_remarks, model_table, serve_html, serve_remarks, serve_table,
+    Table, embed_html, lines, model_html, model_remarks, model_table, serve_html, serve_remarks, serve_table,
     startup_html, write, write_json,
 };
 use serde::Serialize;
@@ -38,8 +38,8 @@ fn serve(args: &ServeBenchArgs) -> anyhow::Result<()> {
     let codec = args.tokenizer.as_deref().map(codec).transpose()?;
     let result = ingle_bench::serve::run(args, codec)?;
     page(&args.out, || serve_html(&result))?;
-    print(&args.out, &result, &serve_table(&result.points), &result.points)?;
-    note(&args.out, &serve_remarks(&result.points));
+    print(&args.out, &result, &serve_table(&result.points), &lines(&result)?)?;
+    note(&args.out, &serve_remarks(&result));
     Ok(())
 }
 
@@ -62,7 +62,7 @@ fn model(args: &BenchModelArgs) -> anyhow::Result<()> {
     let sizes = (args.load.block_size, step_tokens(&args.load, &options.device));
     let result = ingle_bench::model::run(&args.bench, &name, &subject, &options, sizes)?;
     page(&args.bench.out, || model_html(&result))?;
-    print(&args.bench.out, &result, &model_table(&result), &result.points)?;
+    print(&args.bench.out, &result, &model_table(&result), &lines(&result)?)?;
     note(&args.bench.out, &model_remarks(&result));
     Ok(())
 }
@@ -78,7 +78,9 @@ fn embed(args: &EmbedBenchArgs) -> anyhow::Result<()> {
     let codec = args.tokenizer.as_deref().map(codec).transpose()?;
     let result = ingle_bench::embed::run(args, codec)?;
     page(&args.out, || embed_html(&result))?;
-    print(&args.out, &result, &ingle_bench::embed::table(&result), &result.points)
+    print(&args.out, &result, &ingle_bench::embed::table(&result), &lines(&result)?)?;
+    note(&args.out, &ingle_bench::embed::remarks(&result));
+    Ok(())
 }
 
 fn startup(args: &StartupBenchArgs) -> anyhow::Result<()> {
@@ -91,7 +93,9 @@ fn startup(args: &StartupBenchArgs) -> anyhow::Result<()> {
         (Some(model), _) => {
             let port = ingle_bench::startup::free_port()?.to_string();
             let program = std::env::current_exe()?.to_string_lossy().into_owned();
-            let mut command = vec![program, "serve".into(), model.clone(), "--port".into(), port.clone()];
+            let mut command = vec![program, "serve".to_owned()];
+            command.extend(args.embed.then(|| "--embedding-model".to_owned()));
+            command.extend([model.clone(), "--port".to_owned(), port.clone()]);
             command.extend(args.command.iter().cloned());
             (command, format!("http://127.0.0.1:{port}"))
         }
@@ -100,18 +104,37 @@ fn startup(args: &StartupBenchArgs) -> anyhow::Result<()> {
     };
     let result = ingle_bench::startup::run(&args, &command, &url)?;
     page(&args.out, || startup_html(&result))?;
-    print(&args.out, &result, &ingle_bench::startup::table(&result), &result.points)
+    print(&args.out, &result, &ingle_bench::startup::table(&result), &lines(&result)?)
 }
 
 fn compare(args: &BenchArgs) -> anyhow::Result<()> {
     let [before, after] = &args.compare[..] else { bail!("--compare wants two files") };
-    let changes = ingle_bench::compare::compare(before, after, args.fail_above)?;
+    let found = ingle_bench::compare::compare(before, after, args.fail_above, args.anyway)?;
     let out =
         OutputArgs { output: None, html: None, format: args.format, quiet: false, metadata: Vec::new() };
-    print(&out, &changes, &ingle_bench::compare::table(&changes), &changes)?;
-    let worse = changes.iter().filter(|change| change.verdict == Verdict::Regression).count();
-    if let Some(allowed) = args.fail_above.filter(|_| worse > 0) {
-        bail!("{worse} of {} figures are worse by more than {:.1}%", changes.len(), allowed * 100.0);
+    let lines: Result<Vec<String>, _> = found.changes.iter().map(serde_json::to_string).collect();
+    print(&out, &found, &ingle_bench::compare::table(&found.changes), &lines?)?;
+    let mut remarks = Vec::new();
+    if !found.differences.is_empty() {
+        remarks
+            .push(format!("compared all the same, although these differ: {}", found.differences.join("; ")));
+    }
+    let unsure = found.count(Verdict::Unsure);
+    if unsure > 0 {
+        remarks.push(format!(
+            "{unsure} figures are unsure: too few repetitions to tell a change from chance; measure both with more \
+             --repeats (--repetitions)"
+        ));
+    }
+    note(&out, &remarks);
+    let worse = found.count(Verdict::Regression);
+    if worse > 0 {
+        let allowed = args.fail_above.map(|allowed| format!(" by more than {:.1}%", allowed * 100.0));
+        bail!(
+            "{worse} of {} figures are worse{}, missing or with more failed requests",
+            found.changes.len(),
+            allowed.unwrap_or_default()
+        );
     }
     Ok(())
 }
@@ -141,12 +164,7 @@ fn page(out: &OutputArgs, made: impl FnOnce() -> anyhow::Result<String>) -> anyh
 }
 
 /// Writes the result where the flags say, in the form they say.
-fn print<R: Serialize, P: Serialize>(
-    out: &OutputArgs,
-    result: &R,
-    table: &Table,
-    points: &[P],
-) -> anyhow::Result<()> {
+fn print(out: &OutputArgs, result: &impl Serialize, table: &Table, lines: &[String]) -> anyhow::Result<()> {
     if let Some(path) = &out.output {
         write_json(path, result)?;
     }
@@ -154,10 +172,7 @@ fn print<R: Serialize, P: Serialize>(
         Format::Md => table.markdown(),
         Format::Csv => table.csv(),
         Format::Json => serde_json::to_string_pretty(result)? + "\n",
-        Format::Jsonl => {
-            let lines: Result<Vec<String>, _> = points.iter().map(serde_json::to_string).collect();
-            lines?.iter().map(|line| format!("{line}\n")).collect()
-        }
+        Format::Jsonl => lines.iter().map(|line| format!("{line}\n")).collect(),
     };
     std::io::stdout().lock().write_all(text.as_bytes())?;
     Ok(())

@@ -8,6 +8,7 @@ mod case;
 mod driver;
 mod preset;
 mod random;
+mod rate;
 mod shape;
 mod vocabulary;
 
@@ -72,7 +73,7 @@ pub struct ModelPoint {
     pub share_of_bandwidth: f64,
     /// 10^9 operations a second of matrix products and attention.
     pub gflop_per_s: f64,
-    /// Share of the fastest kind of multiply-add.
+    /// Share of [`ModelResult::matrix_rate`].
     pub share_of_matrix_rate: f64,
 }
 
@@ -108,6 +109,8 @@ pub struct ModelResult {
     pub step_tokens: usize,
     /// What the machine can do.
     pub limits: Limits,
+    /// Which rate of [`Limits::gops_per_s`] the weights are multiplied at; shares of operations are of this one.
+    pub matrix_rate: String,
     /// Notes of the user.
     pub metadata: Map<String, Value>,
     /// A point a case.
@@ -192,12 +195,25 @@ pub fn run(
         Subject::Folder(path) => Shape::read(path),
         Subject::MadeUp(model) => Shape::of(model.config()),
     };
+    let weights = info.quantization.map_or_else(
+        || info.dtype.as_str().to_owned(),
+        |quantization| format!("{quantization:?}").to_lowercase(),
+    );
+    let isa = ingle_engine::isa().name().to_owned();
+    let (matrix_rate, gops_per_s) = rate::matrix_rate(&isa, &weights, &limits.gops_per_s);
     let (num_blocks, vocab_size) = (runner.num_blocks(), runner.vocab_size());
     let mut driver = Driver::new(&mut runner, (block_size, num_blocks), step_tokens, vocab_size)?;
     let mut points = Vec::with_capacity(cases.len());
     for case in &cases {
         driver.check(case)?;
-        points.push(measure(args, &mut driver, case, &info, shape.as_ref(), &limits)?);
+        points.push(measure(
+            args,
+            &mut driver,
+            case,
+            &info,
+            shape.as_ref(),
+            (limits.read_gb_per_s, gops_per_s),
+        )?);
     }
     Ok(ModelResult {
         kind: "model".to_owned(),
@@ -205,18 +221,16 @@ pub fn run(
         model: name.to_owned(),
         architecture: info.architecture.clone(),
         num_parameters: info.num_parameters,
-        weights: info.quantization.map_or_else(
-            || info.dtype.as_str().to_owned(),
-            |quantization| format!("{quantization:?}").to_lowercase(),
-        ),
+        weights,
         weight_bytes: info.weight_bytes,
         kv_bytes_per_token: info.kv_bytes_per_token,
         device: (!options.device.is_cpu()).then(|| gpu::device_name(&options.device)),
-        isa: ingle_engine::isa().name().to_owned(),
+        isa,
         threads: ingle_engine::num_threads(),
         load_seconds,
         step_tokens,
         limits,
+        matrix_rate,
         metadata: crate::report::metadata(&args.out.metadata)?,
         points,
     })
@@ -255,7 +269,7 @@ fn measure(
     case: &Case,
     info: &ModelInfo,
     shape: Option<&Shape>,
-    limits: &Limits,
+    (most_gb_per_s, most_gflop_per_s): (f64, f64),
 ) -> anyhow::Result<ModelPoint> {
     let bar =
         if args.out.quiet { ProgressBar::hidden() } else { ProgressBar::new(args.repetitions as u64 + 1) };
@@ -298,7 +312,6 @@ fn measure(
     let ops = shape.map_or(2.0 * info.num_parameters as f64 * work.tokens as f64, |shape| {
         shape.flops(info.num_parameters, work.tokens, work.rows, work.pairs)
     });
-    let fastest = limits.gops_per_s.values().filter_map(Value::as_f64).fold(0.0, f64::max);
     let (gb_per_s, gflop_per_s) = (read / time / 1e9, ops / time / 1e9);
     Ok(ModelPoint {
         test: case.to_string(),
@@ -313,8 +326,8 @@ fn measure(
         samples_ts: samples,
         ms_per_step: time * 1e3 / work.steps.max(1) as f64,
         gb_per_s,
-        share_of_bandwidth: gb_per_s / limits.read_gb_per_s,
+        share_of_bandwidth: gb_per_s / most_gb_per_s,
         gflop_per_s,
-        share_of_matrix_rate: gflop_per_s / fastest,
+        share_of_matrix_rate: gflop_per_s / most_gflop_per_s,
     })
 }

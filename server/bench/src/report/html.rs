@@ -19,7 +19,7 @@ pub fn serve_html(result: &ServeResult) -> anyhow::Result<String> {
     for (heading, remark, plot) in plots(&result.points) {
         page.plot(heading, remark, &plot)?;
     }
-    page.remarks(&serve_remarks(&result.points));
+    page.remarks(&serve_remarks(result));
     let details = [
         ("Workload", result.workload.clone()),
         ("Servers", Value::Object(result.servers.clone())),

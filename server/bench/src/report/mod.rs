@@ -1,6 +1,7 @@
 //! Results as tables, files and pages.
 
 mod html;
+mod lines;
 mod model;
 mod page;
 mod pages;
@@ -15,10 +16,11 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use html::serve_html;
+pub use lines::lines;
 pub use model::{model_remarks, model_table};
 pub use pages::{embed_html, model_html, startup_html};
 pub use serve::{serve_remarks, serve_table};
-pub use table::Table;
+pub use table::{Cell, Table};
 
 /// The notes of `key=value` pairs.
 ///

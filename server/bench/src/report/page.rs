@@ -52,8 +52,8 @@ impl Page {
             });
             format!("<tr>{}</tr>\n", cells.collect::<String>())
         };
-        let body: String = table.rows().iter().map(|cells| row(cells, "td")).collect();
-        let head = row(table.columns(), "th");
+        let body: String = table.shown().iter().map(|cells| row(cells, "td")).collect();
+        let head = row(&table.headings(), "th");
         let _ = writeln!(
             self.0,
             "<div class=\"scroll\"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"

@@ -53,7 +53,7 @@ pub fn model_html(result: &ModelResult) -> anyhow::Result<String> {
         ),
         (
             "Share of the arithmetic's speed",
-            "Matrix products and attention, of the fastest multiply-add measured on this machine.",
+            "Matrix products and attention, of the rate at which this machine was measured to multiply such weights.",
             |point| point.share_of_matrix_rate,
         ),
     ];
@@ -118,9 +118,14 @@ pub fn embed_html(result: &EmbedResult) -> anyhow::Result<String> {
         "How many requests were answered after so long.",
         &cumulative("latency of a request, ms", series.collect()),
     )?;
-    let lengths = format!("lengths of texts: {}", result.text_lengths);
-    page.remarks(&[lengths]);
-    page.end(&result.environment, &[("Notes", Value::Object(result.metadata.clone()))])
+    let lengths = result.workload["text_lengths"].as_str().unwrap_or_default();
+    page.remarks(&[vec![format!("lengths of texts: {lengths}")], embed::remarks(result)].concat());
+    let details = [
+        ("Workload", result.workload.clone()),
+        ("Servers", Value::Object(result.servers.clone())),
+        ("Notes", Value::Object(result.metadata.clone())),
+    ];
+    page.end(&result.environment, &details)
 }
 
 /// The page of a server's starts.
@@ -145,7 +150,7 @@ pub fn startup_html(result: &StartupResult) -> anyhow::Result<String> {
             let samples: Vec<f64> = result.points.iter().map(figure.of).collect();
             let summary = Summary::of(&samples)?;
             let text = format!("{:.1} ({:.1} to {:.1})", summary.median, summary.min, summary.max);
-            Some(Bar { label: figure.label.to_owned(), value: summary.median, text, color })
+            Some(Bar { label: figure.label(result).to_owned(), value: summary.median, text, color })
         });
         page.bars(heading, remark, None, &bars.collect::<Vec<_>>());
     }

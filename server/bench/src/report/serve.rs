@@ -1,7 +1,7 @@
 //! The table of a load test.
 
-use super::table::Table;
-use crate::serve::Point;
+use super::table::{Cell, Table};
+use crate::serve::{Point, ServeResult};
 
 /// A row a load and server.
 #[must_use]
@@ -10,67 +10,64 @@ pub fn serve_table(points: &[Point]) -> Table {
     let with_cache =
         points.iter().any(|point| point.number("cached_token_share").is_some_and(|share| share > 0.0));
     let mut columns = vec![
-        "server",
-        "load",
-        "ok",
-        "failed",
-        "req/s",
-        "out tok/s",
-        "total tok/s",
-        "TTFT p50",
-        "p95",
-        "p99 ms",
-        "TPOT p50",
-        "p99 ms",
-        "ITL p50",
-        "p99 ms",
-        "E2EL p50",
-        "p99 ms",
+        ("server", "server"),
+        ("load", "load"),
+        ("ok", "completed"),
+        ("failed", "failed"),
+        ("req/s", "request_throughput"),
+        ("out tok/s", "output_throughput"),
+        ("total tok/s", "total_token_throughput"),
+        ("TTFT p50", "p50_ttft_ms"),
+        ("p95", "p95_ttft_ms"),
+        ("p99 ms", "p99_ttft_ms"),
+        ("TPOT p50", "p50_tpot_ms"),
+        ("p99 ms", "p99_tpot_ms"),
+        ("ITL p50", "p50_itl_ms"),
+        ("p99 ms", "p99_itl_ms"),
+        ("E2EL p50", "p50_e2el_ms"),
+        ("p99 ms", "p99_e2el_ms"),
     ];
-    columns.extend(with_goodput.then_some("good req/s"));
-    columns.extend(with_cache.then_some("cached"));
+    columns.extend(with_goodput.then_some(("good req/s", "request_goodput")));
+    columns.extend(with_cache.then_some(("cached", "cached_token_share")));
+    let digits = |name: &str| match name {
+        "completed" | "failed" | "p50_e2el_ms" | "p99_e2el_ms" => 0,
+        "request_throughput" | "request_goodput" => 2,
+        name if name.ends_with("tpot_ms") || name.ends_with("itl_ms") => 2,
+        _ => 1,
+    };
     let mut table = Table::new(&columns, 2);
     for point in points {
-        let number = |name: &str, digits: usize| match point.number(name) {
-            Some(value) => format!("{value:.digits$}"),
-            None => "-".to_owned(),
+        let cell = |(_, name): &(&str, &str)| match *name {
+            "server" => Cell::text(&point.peer),
+            "load" => Cell::text(point.load()),
+            "cached_token_share" => point.number(name).map_or(Cell::Nothing, |share| Cell::Share(share, 0)),
+            name => Cell::maybe(point.number(name), digits(name)),
         };
-        let mut row = vec![
-            point.peer.clone(),
-            point.load(),
-            number("completed", 0),
-            number("failed", 0),
-            number("request_throughput", 2),
-            number("output_throughput", 1),
-            number("total_token_throughput", 1),
-            number("p50_ttft_ms", 1),
-            number("p95_ttft_ms", 1),
-            number("p99_ttft_ms", 1),
-            number("p50_tpot_ms", 2),
-            number("p99_tpot_ms", 2),
-            number("p50_itl_ms", 2),
-            number("p99_itl_ms", 2),
-            number("p50_e2el_ms", 0),
-            number("p99_e2el_ms", 0),
-        ];
-        if with_goodput {
-            row.push(number("request_goodput", 2));
-        }
-        if with_cache {
-            let share = point.number("cached_token_share").map(|share| format!("{:.0}%", share * 100.0));
-            row.push(share.unwrap_or_else(|| "-".to_owned()));
-        }
-        table.push(row);
+        table.push(columns.iter().map(cell).collect());
     }
     table
 }
 
-/// What a reader should know besides the table: failures by kind, and whether the client was in the way.
+/// Share of cached prompt tokens from which prompts that should have nothing in common were known to the server.
+const SURPRISING_CACHE: f64 = 0.05;
+
+/// What a reader should know besides the table: failures by kind, whether the client was in the way, and whether a cache
+/// answered what should have been computed.
 #[must_use]
-pub fn serve_remarks(points: &[Point]) -> Vec<String> {
+pub fn serve_remarks(result: &ServeResult) -> Vec<String> {
     let mut remarks = Vec::new();
-    for point in points {
+    let workload = &result.workload;
+    let nothing_shared = workload["dataset_name"] == "random" && workload["prefix_len"] == 0;
+    for point in &result.points {
         let name = format!("{}, {}", point.peer, point.load());
+        let cached = point.number("cached_token_share").unwrap_or(0.0);
+        if nothing_shared && cached > SURPRISING_CACHE {
+            remarks.push(format!(
+                "{name}: WARNING: the server had {:.0}% of the random prompts cached, from an earlier run with the same \
+                 --seed or from short prompts that are alike: this is not its speed on new prompts",
+                cached * 100.0
+            ));
+        }
         if let Some(errors) = point.metrics.get("errors").and_then(serde_json::Value::as_object)
             && !errors.is_empty()
         {

@@ -115,8 +115,43 @@ fn join(first: &Prompt, second: Prompt) -> Prompt {
     }
 }
 
+/// What chance decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Seeds {
+    /// Lengths, order and arrivals: the shape of the load.
+    pub(crate) shape: u64,
+    /// The words of made-up prompts.
+    pub(crate) words: u64,
+}
+
+impl Seeds {
+    /// Those of step `step` of a command.
+    pub(crate) fn step(self, step: u64) -> Self {
+        let of = |seed: u64| seed.wrapping_mul(0x9e37_79b9).wrapping_add(step);
+        Self { shape: of(self.shape), words: of(self.words) }
+    }
+
+    /// Those of the warm-up before a run.
+    pub(crate) fn warm_up(self) -> Self {
+        Self { shape: self.shape ^ 0x5eed_0000_0000, words: self.words ^ 0x5eed_0000_0000 }
+    }
+}
+
+/// The generators of [`Seeds`].
+struct Chance {
+    shape: ChaCha8Rng,
+    words: ChaCha8Rng,
+}
+
+impl DatasetName {
+    /// Whether the prompts are made up, not read from a file.
+    pub(crate) fn is_made_up(self) -> bool {
+        matches!(self, Self::Random | Self::SharedPrefix | Self::MultiTurn)
+    }
+}
+
 impl DatasetSpec {
-    /// `count` conversations; the same for the same `seed`.
+    /// `count` conversations; the same for the same `seeds`.
     ///
     /// # Errors
     /// If a file cannot be read or prompts cannot be made.
@@ -125,26 +160,28 @@ impl DatasetSpec {
         writer: &Writer,
         api: Api,
         count: usize,
-        seed: u64,
+        seeds: Seeds,
     ) -> anyhow::Result<Workload> {
         // Lengths are part of the seed: else a longer prompt of another run would begin like the shorter one of this, and
         // a prefix cache would answer its beginning.
         let lengths = (self.input_len as u64).rotate_left(40) ^ u64::from(self.output_len()).rotate_left(20);
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ lengths);
+        let mut chance = Chance {
+            shape: ChaCha8Rng::seed_from_u64(seeds.shape ^ lengths),
+            words: ChaCha8Rng::seed_from_u64(seeds.words ^ lengths.rotate_left(7)),
+        };
         let conversations = match self.name {
             DatasetName::Random | DatasetName::SharedPrefix => {
-                self.random(writer, api, count, &mut rng).await?
+                self.random(writer, api, count, &mut chance).await?
             }
-            DatasetName::MultiTurn => self.multi_turn(writer, api, count, &mut rng).await?,
+            DatasetName::MultiTurn => self.multi_turn(writer, api, count, &mut chance).await?,
             DatasetName::Jsonl => self.jsonl(count)?,
-            DatasetName::ShareGpt => self.sharegpt(writer, count, &mut rng).await?,
+            DatasetName::ShareGpt => self.sharegpt(writer, count, &mut chance.shape).await?,
         };
-        let made_up =
-            matches!(self.name, DatasetName::Random | DatasetName::SharedPrefix | DatasetName::MultiTurn);
-        Ok(Workload { conversations, ignore_eos: self.ignore_eos.unwrap_or(made_up) })
+        Ok(Workload { conversations, ignore_eos: self.ignore_eos.unwrap_or(self.name.is_made_up()) })
     }
 
-    fn output_len(&self) -> u32 {
+    /// Tokens of an answer, unless the data set says.
+    pub(crate) fn output_len(&self) -> u32 {
         self.output_len.unwrap_or(DEFAULT_OUTPUT_LEN).max(1)
     }
 
@@ -160,7 +197,7 @@ impl DatasetSpec {
         writer: &Writer,
         api: Api,
         count: usize,
-        rng: &mut ChaCha8Rng,
+        chance: &mut Chance,
     ) -> anyhow::Result<Vec<Conversation>> {
         let num_prefixes = match self.name {
             DatasetName::SharedPrefix => self.num_prefixes.max(1),
@@ -168,20 +205,21 @@ impl DatasetSpec {
         };
         let mut prefixes = Vec::with_capacity(num_prefixes);
         for _ in 0..num_prefixes {
-            prefixes.push(writer.prompt(self.prefix_len.max(1), api, rng).await?);
+            prefixes.push(writer.prompt(self.prefix_len.max(1), api, &mut chance.words).await?);
         }
         let mut conversations = Vec::with_capacity(count);
         for idx in 0..count {
-            let mut prompt = writer.prompt(self.spread(self.input_len, rng), api, rng).await?;
+            let mut prompt =
+                writer.prompt(self.spread(self.input_len, &mut chance.shape), api, &mut chance.words).await?;
             if let Some(prefix) = prefixes.get(idx % num_prefixes.max(1)) {
                 prompt = join(prefix, prompt);
             }
-            let output_len = self.spread(self.output_len() as usize, rng);
+            let output_len = self.spread(self.output_len() as usize, &mut chance.shape);
             conversations.push(Conversation::single(prompt, u32::try_from(output_len).unwrap_or(u32::MAX)));
         }
         // So that the first requests of a prefix do not come in step.
         if self.name == DatasetName::SharedPrefix {
-            conversations.shuffle(rng);
+            conversations.shuffle(&mut chance.shape);
         }
         Ok(conversations)
     }
@@ -191,11 +229,11 @@ impl DatasetSpec {
         writer: &Writer,
         api: Api,
         count: usize,
-        rng: &mut ChaCha8Rng,
+        chance: &mut Chance,
     ) -> anyhow::Result<Vec<Conversation>> {
         let mut opening = Vec::new();
         if self.prefix_len > 0
-            && let Prompt::Text(text) = writer.prompt(self.prefix_len, api, rng).await?
+            && let Prompt::Text(text) = writer.prompt(self.prefix_len, api, &mut chance.words).await?
         {
             opening.push((Role::System, text));
         }
@@ -203,8 +241,10 @@ impl DatasetSpec {
         for _ in 0..count {
             let mut turns = Vec::with_capacity(self.num_turns.max(1));
             for _ in 0..self.num_turns.max(1) {
-                let prompt = writer.prompt(self.spread(self.input_len, rng), api, rng).await?;
-                let output_len = self.spread(self.output_len() as usize, rng);
+                let prompt = writer
+                    .prompt(self.spread(self.input_len, &mut chance.shape), api, &mut chance.words)
+                    .await?;
+                let output_len = self.spread(self.output_len() as usize, &mut chance.shape);
                 turns.push(Turn { prompt, max_tokens: u32::try_from(output_len).unwrap_or(u32::MAX) });
             }
             conversations.push(Conversation { opening: opening.clone(), turns });

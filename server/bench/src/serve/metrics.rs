@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::load::Run;
 use super::record::{Failure, RequestRecord};
-use crate::stats::{Summary, quantiles};
+use crate::stats::{Summary, percentile, quantiles, sorted};
 
 /// What a request must keep to count as good; milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -130,12 +130,11 @@ pub(crate) fn metrics(runs: &[Run], slo: Option<&Slo>) -> Map<String, Value> {
         }
         put(&format!("{name}_ms_quantiles"), json!(rounded(&quantiles(samples, 101))));
     }
-    // One value a request, so that two results can be compared with confidence intervals.
+    // One value a request.
     put("ttfts_ms", json!(rounded(&ttfts)));
     put("tpots_ms", json!(rounded(&tpots)));
     put("e2els_ms", json!(rounded(&e2els)));
-    put("run_output_throughputs", json!(each_run(runs, |record| record.output_tokens)));
-    put("run_request_throughputs", json!(each_run(runs, |_| 1)));
+    put("runs", each_run(runs));
     if let Some(run) = runs.first() {
         put("timeline", timeline(run));
     }
@@ -176,10 +175,47 @@ fn refusals(records: &[&RequestRecord]) -> Option<Value> {
     }))
 }
 
-/// A value a run, a second, of its good requests.
-fn each_run(runs: &[Run], of: fn(&RequestRecord) -> u64) -> Vec<f64> {
-    let good = |run: &Run| run.records.iter().filter(|record| record.failure.is_none()).map(of).sum::<u64>();
-    runs.iter().filter(|run| run.duration > 0.0).map(|run| round(good(run) as f64 / run.duration)).collect()
+/// The figures that every run has one of: what two results are compared by.
+pub(crate) const RUN_FIGURES: [&str; 8] = [
+    "output_throughput",
+    "request_throughput",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "median_itl_ms",
+    "p99_itl_ms",
+    "median_e2el_ms",
+];
+
+/// [`RUN_FIGURES`] with a value a run, of its good requests; a run without any has rates of 0 and no latencies.
+fn each_run(runs: &[Run]) -> Value {
+    let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for run in runs.iter().filter(|run| run.duration > 0.0) {
+        let good: Vec<&RequestRecord> =
+            run.records.iter().filter(|record| record.failure.is_none()).collect();
+        let tokens: u64 = good.iter().map(|record| record.output_tokens).sum();
+        let percentile = |samples: Vec<f64>, percent: f64| {
+            (!samples.is_empty()).then(|| 1e3 * percentile(&sorted(&samples), percent))
+        };
+        let of =
+            |value: fn(&RequestRecord) -> f64| good.iter().map(|record| value(record)).collect::<Vec<f64>>();
+        let itls: Vec<f64> = good.iter().flat_map(|record| record.itls.iter().copied()).collect();
+        let ttfts = of(|record| record.ttft);
+        let figures = [
+            Some(tokens as f64 / run.duration),
+            Some(good.len() as f64 / run.duration),
+            percentile(ttfts.clone(), 50.0),
+            percentile(ttfts, 99.0),
+            percentile(good.iter().filter_map(|record| record.tpot()).collect(), 50.0),
+            percentile(itls.clone(), 50.0),
+            percentile(itls, 99.0),
+            percentile(of(|record| record.latency), 50.0),
+        ];
+        for (name, value) in RUN_FIGURES.iter().zip(figures) {
+            values.entry(name).or_default().extend(value.map(round));
+        }
+    }
+    json!(values)
 }
 
 /// Microseconds are enough: the rest is noise that makes files long.
@@ -300,6 +336,19 @@ mod tests {
             (&json!(1), &json!(200.0))
         );
         assert_eq!(map["ttft_ms_quantiles"].as_array().unwrap().len(), 101);
+    }
+
+    #[test]
+    fn every_run_has_its_own_figures() {
+        let fast = Run { duration: 2.0, ..runs().remove(0) };
+        let map = metrics(&[runs().remove(0), fast], None);
+        let run = |name: &str| map["runs"][name].clone();
+        assert_eq!(run("output_throughput"), json!([2.25, 4.5]));
+        assert_eq!(run("request_throughput"), json!([0.75, 1.5]));
+        assert_eq!(run("median_ttft_ms"), json!([500.0, 500.0]));
+        assert_eq!(run("p99_ttft_ms"), json!([990.0, 990.0]));
+        assert_eq!(run("p99_itl_ms"), json!([500.0, 500.0]));
+        assert_eq!(map["runs"].as_object().unwrap().len(), RUN_FIGURES.len());
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod workload;
 
 pub use arrival::Rate;
 pub use dataset::{DatasetName, PromptForm};
+pub(crate) use metrics::RUN_FIGURES;
 pub use metrics::Slo;
 pub(crate) use pool::{TokenPool, random_words};
 pub(crate) use sweep::first_token;

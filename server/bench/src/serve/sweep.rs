@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::arrival::{Rate, arrivals};
 use super::client::{Ask, request};
-use super::dataset::{DatasetName, DatasetSpec, PromptForm, Writer};
+use super::dataset::{DatasetName, DatasetSpec, PromptForm, Seeds, Writer};
 use super::load::{self, Live, Run};
 use super::metrics::{Slo, metrics};
 use super::pool::{TokenPool, WordCount, takes_ids};
@@ -120,6 +120,7 @@ async fn measure(args: &ServeBenchArgs, codec: Option<Arc<dyn TextCodec>>) -> an
         peers.push((target, writer));
     }
     let loads = loads(args);
+    let seeds = seeds(args);
     let mut runs: Vec<Vec<Run>> = vec![Vec::new(); loads.len() * peers.len()];
     let repeats = args.repeats.max(1);
     for repeat in 0..repeats {
@@ -128,9 +129,8 @@ async fn measure(args: &ServeBenchArgs, codec: Option<Arc<dyn TextCodec>>) -> an
                 let title = format!("{} | {} | run {} of {repeats}", target.name, title(load), repeat + 1);
                 // Prompts of different loads and repeats differ, or a prefix cache would answer the later ones; those
                 // of different servers are the same.
-                let step = (repeat * loads.len() + load_idx) as u64;
-                let seed = args.seed.wrapping_mul(0x9e37_79b9).wrapping_add(step);
-                let run = one(args, &spec, target, writer, *load, seed, &title).await?;
+                let seeds = seeds.step((repeat * loads.len() + load_idx) as u64);
+                let run = one(args, &spec, target, writer, *load, seeds, &title).await?;
                 runs[load_idx * peers.len() + peer_idx].push(run);
             }
         }
@@ -151,7 +151,7 @@ async fn measure(args: &ServeBenchArgs, codec: Option<Arc<dyn TextCodec>>) -> an
     Ok(ServeResult {
         kind: "serve".to_owned(),
         environment,
-        workload: workload_facts(args, &spec),
+        workload: workload_facts(args, &spec, seeds),
         servers: peers.iter().map(|(target, _)| (target.name.clone(), target.about.clone())).collect(),
         metadata: crate::report::metadata(&args.out.metadata)?,
         points,
@@ -221,19 +221,32 @@ async fn writer(
         PromptForm::Text => false,
         PromptForm::Tokens if !can => bail!("token ids need --backend openai and single questions"),
         PromptForm::Tokens => true,
-        PromptForm::Auto => can && takes_ids(target, &pool, &mut ChaCha8Rng::seed_from_u64(args.seed)).await,
+        PromptForm::Auto => can && takes_ids(target, &pool, &mut ChaCha8Rng::seed_from_u64(0)).await,
     };
     Ok(Writer::Pool { pool: Box::new(pool), ids })
+}
+
+/// Without `--seed` the words of made-up prompts are new: a server's prefix cache may still hold those of the last run.
+/// Lengths, arrivals and what a file holds are the same every time, so that results can be compared.
+fn seeds(args: &ServeBenchArgs) -> Seeds {
+    let now = || {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        // A clock before 1970 gives 0, which is a seed as well.
+        since.map_or(0, |time| u64::from(time.subsec_nanos()) ^ (time.as_secs() << 30))
+    };
+    let fresh = args.seed.is_none() && args.dataset_name.is_made_up();
+    let given = args.seed.unwrap_or(0);
+    Seeds { shape: given, words: if fresh { now() } else { given } }
 }
 
 /// Every rate with every number of clients.
 fn loads(args: &ServeBenchArgs) -> Vec<LoadSpec> {
     let mut clients: Vec<Option<usize>> = args.max_concurrency.iter().copied().map(Some).collect();
     if clients.is_empty() {
-        let open = args.request_rate.iter().any(|rate| *rate != Rate::INFINITE);
-        clients.push(if open { None } else { Some(8) });
+        // A rate that is asked for, be it infinite, is not held back by clients.
+        clients.push(if args.request_rate.is_empty() { Some(8) } else { None });
     }
-    let rates = &args.request_rate;
+    let rates = if args.request_rate.is_empty() { &[Rate::INFINITE][..] } else { &args.request_rate };
     rates.iter().flat_map(|rate| clients.iter().map(|clients| (*rate, *clients))).collect()
 }
 
@@ -241,6 +254,7 @@ fn title((rate, clients): &LoadSpec) -> String {
     match clients {
         Some(clients) if *rate == Rate::INFINITE => format!("{clients} clients"),
         Some(clients) => format!("{rate} req/s, {clients} clients"),
+        None if *rate == Rate::INFINITE => "all at once".to_owned(),
         None => format!("{rate} req/s"),
     }
 }
@@ -252,16 +266,14 @@ async fn one(
     target: &Target,
     writer: &Writer,
     (rate, clients): LoadSpec,
-    seed: u64,
+    seeds: Seeds,
     title: &str,
 ) -> anyhow::Result<Run> {
-    // Requests at once as far as memory and file descriptors allow.
-    const NO_LIMIT: usize = 4096;
     let count = args.num_prompts.unwrap_or_else(|| clients.unwrap_or(8).saturating_mul(4).max(32));
     let num_warmups = args.num_warmups.unwrap_or_else(|| clients.unwrap_or(8).min(8));
-    let at_once = clients.unwrap_or(NO_LIMIT);
+    let at_once = clients.unwrap_or(usize::MAX);
     if num_warmups > 0 {
-        let warm = spec.workload(writer, args.backend, num_warmups, seed ^ 0x5eed_0000_0000).await?;
+        let warm = spec.workload(writer, args.backend, num_warmups, seeds.warm_up()).await?;
         let bar = progress(args, &format!("{title} | warm-up"), warm.num_requests());
         let live = Arc::new(Live::default());
         let run = load::run(target, &warm, &vec![0.0; num_warmups], at_once, None, &live).await;
@@ -274,8 +286,8 @@ async fn one(
             bail!("{}: every warm-up request failed ({kind}): {message}", target.name);
         }
     }
-    let workload = spec.workload(writer, args.backend, count, seed).await?;
-    let times = arrivals(rate, args.burstiness, workload.conversations.len(), seed);
+    let workload = spec.workload(writer, args.backend, count, seeds).await?;
+    let times = arrivals(rate, args.burstiness, workload.conversations.len(), seeds.shape);
     let bar = progress(args, title, workload.num_requests());
     let live = Arc::new(Live::default());
     let shown = tokio::spawn(show(bar.clone(), Arc::clone(&live)));
@@ -312,15 +324,16 @@ async fn show(bar: ProgressBar, live: Arc<Live>) {
     }
 }
 
-fn workload_facts(args: &ServeBenchArgs, spec: &DatasetSpec) -> Value {
+fn workload_facts(args: &ServeBenchArgs, spec: &DatasetSpec, seeds: Seeds) -> Value {
     let name = |value: &dyn Fn() -> Option<String>| value().unwrap_or_default();
     json!({
         "backend": args.backend.name(),
         "endpoint": args.endpoint,
+        "extra_body": args.extra_body,
         "dataset_name": name(&|| Some(clap::ValueEnum::to_possible_value(&spec.name)?.get_name().to_owned())),
         "dataset_path": spec.path.as_ref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy()),
         "input_len": spec.input_len,
-        "output_len": spec.output_len,
+        "output_len": if spec.name.is_made_up() { Some(spec.output_len()) } else { spec.output_len },
         "range_ratio": spec.range_ratio,
         "prefix_len": spec.prefix_len,
         "num_prefixes": spec.num_prefixes,
@@ -328,9 +341,51 @@ fn workload_facts(args: &ServeBenchArgs, spec: &DatasetSpec) -> Value {
         "ignore_eos": spec.ignore_eos,
         "burstiness": args.burstiness,
         "num_prompts": args.num_prompts,
+        "max_seconds": args.max_seconds,
         "num_warmups": args.num_warmups,
         "repeats": args.repeats,
-        "seed": args.seed,
+        "seed": seeds.shape,
+        "words_seed": seeds.words,
         "goodput": args.goodput,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: ServeBenchArgs,
+    }
+
+    fn args(flags: &[&str]) -> ServeBenchArgs {
+        Command::parse_from([&["serve"], flags].concat()).args
+    }
+
+    #[test]
+    fn a_rate_that_is_asked_for_is_not_held_back() {
+        let of = |flags: &[&str]| loads(&args(flags));
+        assert_eq!(of(&[]), [(Rate::INFINITE, Some(8))]);
+        assert_eq!(of(&["--request-rate", "inf"]), [(Rate::INFINITE, None)]);
+        assert_eq!(of(&["-r", "inf", "-c", "3,4"]), [(Rate::INFINITE, Some(3)), (Rate::INFINITE, Some(4))]);
+        assert_eq!(of(&["-c", "3"]), [(Rate::INFINITE, Some(3))]);
+        assert_eq!(title(&of(&["-r", "inf"])[0]), "all at once");
+    }
+
+    #[test]
+    fn words_are_new_unless_a_seed_is_given() {
+        let (one, two) = (seeds(&args(&[])), seeds(&args(&[])));
+        assert_eq!(one.shape, two.shape);
+        assert_ne!(one.words, two.words);
+        let given = seeds(&args(&["--seed", "3"]));
+        assert_eq!(given, Seeds { shape: 3, words: 3 });
+        assert_ne!(given.step(1), given.step(2));
+        // What stands in a file is not made up, and its order is part of the load.
+        let file = args(&["--dataset-name", "sharegpt"]);
+        assert_eq!(seeds(&file), seeds(&file));
+    }
 }
