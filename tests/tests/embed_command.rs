@@ -45,7 +45,8 @@ async fn lines_become_the_vectors_that_the_server_gives() {
     assert_eq!(numbers, wanted.concat());
 
     // Cut, with the word of whoever asks that the model was trained for it.
-    let cut = [&["embed", &path("in.txt"), "--dimensions", "4"][..], &flags].concat();
+    let texts = path("in.txt");
+    let cut = [&["embed", &texts, "--dimensions", "4"][..], &flags].concat();
     let refused = ingle(&cut);
     assert!(refused.code == Some(1) && refused.error().contains("--embedding-dimensions 4"), "{refused:?}");
     let run = ingle(&[&cut[..], &["--embedding-dimensions", "4"]].concat());

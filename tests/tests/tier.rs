@@ -207,12 +207,12 @@ async fn the_first_requests_cost_something_too() {
     for probe in ["true", "false"] {
         let server = Launch::tiny().args(["--probe", probe, "--hourly-cost", "3600"]).start().await;
         let cost = async || server.get("/usage").await.ok()["data"][0]["cost"].as_f64().expect("a number");
-        server.post(CHAT, &chat("what does this cost?", 10)).await.ok();
+        let _ = server.post(CHAT, &chat("what does this cost?", 10)).await.ok();
         if probe == "true" {
             assert!(cost().await > 0.0);
         }
         tokio::time::sleep(Duration::from_millis(600)).await;
-        server.post(CHAT, &chat("and this?", 10)).await.ok();
+        let _ = server.post(CHAT, &chat("and this?", 10)).await.ok();
         assert!(cost().await > 0.0, "--probe {probe}");
         let metrics = server.metrics().await;
         assert_eq!(metrics.get_with("ingle_key_cost_total", "key=\"none\""), cost().await);
@@ -223,7 +223,7 @@ async fn the_first_requests_cost_something_too() {
 async fn audit_lines_that_are_lost_are_counted_and_told() {
     let mut server = Launch::tiny().args(["--audit-log", "/dev/full"]).start().await;
     for _ in 0..3 {
-        server.post(CHAT, &chat("written down?", 1)).await.ok();
+        let _ = server.post(CHAT, &chat("written down?", 1)).await.ok();
     }
     server.wait_for_line("the audit log cannot be written").await;
     server.wait_for("counted", |m| m.get("ingle_audit_lines_dropped") == 3.0).await;
@@ -237,7 +237,7 @@ async fn probes_are_not_logged_and_lines_name_their_span_once() {
     for route in ["/health", "/ready", "/metrics", "/tier"] {
         server.get(route).await;
     }
-    server.post(CHAT, &chat("logged", 1)).await.ok();
+    let _ = server.post(CHAT, &chat("logged", 1)).await.ok();
     let line = server.wait_for_line("\"answered\"").await;
     let line: Value = serde_json::from_str(&line).expect("JSON");
     assert_eq!((&line["span"]["route"], &line["spans"]), (&json!(CHAT), &Value::Null), "{line}");
@@ -326,7 +326,7 @@ async fn spans_go_to_the_collector_in_the_callers_trace() {
     let collector = FakeRouter::start(|_| (200, json!({}))).await;
     let endpoint = format!("http://{}/v1/traces", collector.address());
     let mut server = Launch::tiny().args(["--otlp-traces-endpoint", &endpoint]).start().await;
-    server.get("/health").await.ok();
+    let _ = server.get("/health").await.ok();
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let request = server
         .request(CHAT, chat("traced", 3).to_string())

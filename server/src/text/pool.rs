@@ -266,7 +266,7 @@ mod tests {
                 .await
             })
         };
-        let first = large(Box::new(move || drop(blocked.recv())));
+        let first = large(Box::new(move || blocked.recv().unwrap_or(())));
         let second = large(Box::new(|| ()));
         for _ in 0..20 {
             assert_eq!(pool.run(10, || Ok(1)).await, Ok(1));
@@ -296,7 +296,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_that_nobody_waits_for_learns_of_it() {
-        let pool = pool(1, 4, 50);
+        let pool = pool(1, 4, 500);
         let (sender, ended) = std::sync::mpsc::channel();
         let work = move || {
             while !given_up() {
