@@ -249,7 +249,8 @@ async fn huge_prompts_cost_little_and_hold_nobody_up() {
     };
     tokio::join!(counted, chats);
     let grown = peak_mib(&server) - before;
-    assert!(grown < 1800, "counting grew the server by {grown} MiB");
+    // One word of 15 MB takes the tokenizer library 2 GB; two at a time would take twice that.
+    assert!(grown < 3000, "counting grew the server by {grown} MiB");
     server.is_well().await;
 }
 

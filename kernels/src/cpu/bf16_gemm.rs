@@ -110,8 +110,7 @@ impl Lines for Pairs<'_> {
         }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline(always)]
     unsafe fn finish(&self, sums: *const f32, _scale: f32, _column: usize) -> __m512 {
         // SAFETY: given by the caller.
         unsafe { _mm512_loadu_ps(sums) }

@@ -100,8 +100,7 @@ impl Lines for Halves<'_> {
         }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512fp16")]
+    #[inline(always)]
     unsafe fn finish(&self, sums: *const f32, scale: f32, column: usize) -> __m512 {
         // SAFETY: sixteen sums; scales are padded to whole panels.
         unsafe {

@@ -54,7 +54,8 @@ pub(super) trait Lines: Sync {
     /// Multiplies `M` rows by `N` panels; see [`Tile`].
     unsafe fn multiply<const M: usize, const N: usize>(tile: &Tile);
 
-    /// The outputs that sixteen `sums` of a row come to, from `column` on; `scale` is the row's.
+    /// The outputs that sixteen `sums` of a row come to, from `column` on; `scale` is the row's. Inlined: AVX-512 F is all it may
+    /// use.
     unsafe fn finish(&self, sums: *const f32, scale: f32, column: usize) -> __m512;
 }
 
@@ -240,6 +241,7 @@ impl<L: Lines> Job<'_, L> {
     ///
     /// # Safety
     /// As [`Self::run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn finish(&self, block: &Block, panel: usize, sums: &[f32]) {
         let Outputs { num_rows, bias, y } = self.outputs;
         for (row, sums) in (block.first..).zip(sums.chunks_exact(sums.len() / block.rows)) {
@@ -250,7 +252,7 @@ impl<L: Lines> Job<'_, L> {
                 // SAFETY: sixteen sums; this row's columns of these panels are this piece's.
                 unsafe {
                     let outputs = self.w.finish(sums.as_ptr(), scale, column);
-                    store(outputs, bias, y, row * num_rows, (column, num_rows));
+                    store_outputs::<Avx512>(outputs, bias, y, row * num_rows, (column, num_rows));
                 }
             }
         }
@@ -322,14 +324,4 @@ impl<L: Lines> Job<'_, L> {
             (12, 1),
         );
     }
-}
-
-/// As [`store_outputs`].
-///
-/// # Safety
-/// As there.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn store(y: __m512, bias: Option<&[f32]>, out: OutPtr<f32>, row_start: usize, place: (usize, usize)) {
-    // SAFETY: given by the caller.
-    unsafe { store_outputs::<Avx512>(y, bias, out, row_start, place) };
 }
