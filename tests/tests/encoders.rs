@@ -58,7 +58,8 @@ pub(crate) async fn serve(flags: &[&str]) -> TestServer {
 async fn vectors_and_token_counts_are_those_of_sentence_transformers() {
     let names = ["bert", "bert_dense", "mpnet", "xlm_roberta", "qwen3"];
     let folders = names.map(encoder).join(",");
-    let server = serve(&["--embedding-model", &folders, "--auto-truncate"]).await;
+    // In f32 numbers are the same on every instruction set.
+    let server = serve(&["--embedding-model", &folders, "--auto-truncate", "--embedding-dtype", "f32"]).await;
     for name in names {
         let records = records(name);
         let texts: Vec<&Value> = records.iter().map(|record| &record["text"]).collect();
@@ -190,7 +191,9 @@ async fn prompts_go_before_the_text_when_they_are_named() {
 #[tokio::test]
 async fn rerankers_score_as_the_reference_and_sort() {
     for name in ["bert_rerank", "xlm_roberta_rerank"] {
-        let server = serve(&["--reranker", &encoder(name), "--auto-truncate"]).await;
+        // In f32 numbers are the same on every instruction set.
+        let server =
+            serve(&["--reranker", &encoder(name), "--auto-truncate", "--embedding-dtype", "f32"]).await;
         for record in records(name) {
             let body = json!({"query": record["text"], "texts": [record["text_pair"]], "raw_scores": true});
             let answer = server.post("/rerank", &body).await;

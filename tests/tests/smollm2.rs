@@ -112,8 +112,10 @@ async fn int8_weights_know_paris_too() {
     let server = Launch::at(&path).args(flags).start().await;
     let log = server.log();
     assert!(log.iter().any(|line| line.contains(", int8 ")), "what was loaded is not in the log: {log:?}");
-    let paris = server.post(CHAT, &ask("What is the capital of France?", 32)).await;
-    assert!(content(paris.ok()).contains("Paris"), "{}", paris.text);
+    // Rounded weights turn near ties: here the right word leads by far.
+    let body = json!({"prompt": "The capital of France is", "temperature": 0, "max_tokens": 3});
+    let paris = server.post("/v1/completions", &body).await;
+    assert!(paris.ok()["choices"][0]["text"].as_str().expect("text").starts_with(" Paris"), "{}", paris.text);
 }
 
 #[tokio::test]
