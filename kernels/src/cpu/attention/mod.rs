@@ -43,6 +43,8 @@ const SEGMENT: usize = 4 * CHUNK;
 const WIDENED_ROWS: usize = 13;
 /// Query rows of one piece at most.
 const PIECE_ROWS: usize = 48;
+/// The same where keys and values are brought into pairs for each piece.
+const PAIRED_ROWS: usize = 2 * PIECE_ROWS;
 
 /// Attention of `q` rows `[num_tokens, num_heads * head_dim]` into `y`, contiguous and of the same shape.
 pub(crate) fn paged_attention(
@@ -87,7 +89,8 @@ fn compute(
     let group = num_heads / store.num_kv_heads;
     assert!(q.width == num_heads * store.head_dim && num_heads == group * store.num_kv_heads, "heads");
     assert!(y.len() == q.num_rows * q.width && q.num_rows == meta.num_tokens(), "sizes");
-    let tokens_per_piece = (PIECE_ROWS / group).max(1);
+    let rows = if unit == Unit::Vectors { PIECE_ROWS } else { PAIRED_ROWS };
+    let tokens_per_piece = (rows / group).max(1);
     let mut pieces = Vec::new();
     for seq in 0..meta.num_seqs() {
         let (start, end) = (meta.cu_seqlens_q[seq] as usize, meta.cu_seqlens_q[seq + 1] as usize);
