@@ -11,6 +11,8 @@ use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RelativeBias, 
 use ingle_kernels::{KvDtype, KvLayer, Quantization, Weight};
 
 fn main() {
+    // As a server does: otherwise every large output costs its page faults again.
+    ingle_kernels::keep_freed_memory();
     divan::main();
 }
 

@@ -5,6 +5,7 @@
 
 mod embedding;
 mod encoder;
+mod row_blocks;
 mod sampling;
 
 use candle_core::{CpuStorage, D, DType, Device, Shape, Storage, Tensor};
@@ -20,6 +21,7 @@ pub use encoder::{
     LayerNorm, PoolingMode, RelativeBias, SelfAttnParams, activate, activated_linear, embedding_layer_norm,
     layer_norm, linear_layer_norm, pool, self_attention,
 };
+pub use row_blocks::in_row_blocks;
 pub use sampling::{ChosenTokens, SampleRow, choose, sample, sample_row};
 #[doc(hidden)]
 pub use sampling::{DeviceRows, Edit, MAX_VOCAB, edits_of, scan_parts};

@@ -1,6 +1,7 @@
 //! The one decoder: every family is this forward pass under another [`DecoderConfig`].
 
 mod assemble;
+mod between;
 
 use std::cell::OnceCell;
 
@@ -9,6 +10,8 @@ use ingle_kernels::{
     AttnParams, KvDtype, KvLayer, LateIds, PagedMeta, Quantization, RopeTables, RotateParams, SelfAttnParams,
     Weight, ops,
 };
+
+use between::Between;
 
 use crate::causal_lm::{CausalLm, ModelInfo};
 use crate::config::{DecoderConfig, QkNorm};
@@ -255,42 +258,19 @@ impl Decoder {
         tables: &[RopeTables],
         mut keys: impl FnMut(usize) -> Keys<'a>,
     ) -> Result<Tensor> {
-        let mut part = None; // of the residual connection, not yet added
+        let Some(first) = self.layers.first() else { return Ok(hidden) };
+        let x = normed(&hidden, first.attn_pre_norm.as_ref(), &self.config)?;
+        let mut qkv = first.attention.qkv.forward(&x)?;
         for (idx, layer) in self.layers.iter().enumerate() {
-            let x;
-            (hidden, x) = self.join(hidden, part, layer.attn_pre_norm.as_ref())?;
-            let x = layer.attention.forward(&x, keys(idx), tables, &self.config, self.rank.as_ref())?;
-            let x = self.reduced(x)?;
-            part = Some(normed(&x, layer.attn_post_norm.as_ref(), &self.config)?);
-
-            let x;
-            (hidden, x) = self.join(hidden, part, layer.mlp_pre_norm.as_ref())?;
-            let x = match &layer.mlp {
-                LayerMlp::Dense(mlp) => mlp.forward(&x)?,
-                LayerMlp::Moe(moe) => moe.forward(&x)?,
+            let x = layer.attention.forward(&qkv, keys(idx), tables, &self.config, self.rank.as_ref())?;
+            let between = Between { layer, next: self.layers.get(idx + 1), config: &self.config };
+            (hidden, qkv) = if self.rank.is_none() {
+                between.forward_in_blocks(&x, &hidden)?
+            } else {
+                between.forward(&x, &hidden, |x| self.reduced(x))?
             };
-            let x = self.reduced(x)?;
-            part = Some(normed(&x, layer.mlp_post_norm.as_ref(), &self.config)?);
         }
-        Ok(self.join(hidden, part, None)?.0)
-    }
-
-    /// `hidden` with `part` added, and that normed.
-    fn join(&self, hidden: Tensor, part: Option<Tensor>, norm: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-        let scale = self.config.residual_scale;
-        match (part, norm) {
-            (Some(part), Some(norm)) => {
-                Ok(ops::add_rms_norm((&hidden, &part), scale, norm, self.config.rms_norm_eps)?)
-            }
-            (Some(part), None) => {
-                let hidden = ops::add(&hidden, &scaled(part, scale)?)?;
-                Ok((hidden.clone(), hidden))
-            }
-            (None, norm) => {
-                let x = normed(&hidden, norm, &self.config)?;
-                Ok((hidden, x))
-            }
-        }
+        Ok(hidden)
     }
 
     /// The layers on `hidden` over `cache`, and the logits of `logit_rows`.
@@ -373,17 +353,17 @@ impl CausalLm for Decoder {
 }
 
 impl Attention {
+    /// `qkv`: `[num_tokens, (heads + 2 kv_heads) * head_dim]`; what the output projection reads, `[num_tokens, heads * head_dim]`.
     fn forward(
         &self,
-        x: &Tensor,
+        qkv: &Tensor,
         keys: Keys<'_>,
         tables: &[RopeTables],
         config: &DecoderConfig,
         rank: Option<&Rank>,
     ) -> Result<Tensor> {
         let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
-        let (tokens, _) = x.dims2()?;
-        let qkv = self.qkv.forward(x)?; // [T, (H + 2 KVH) * D]
+        let (tokens, _) = qkv.dims2()?;
         let qkv = qkv.reshape((tokens, heads + 2 * kv_heads, config.head_dim))?;
         // Views: a token's heads lie side by side in its row.
         let mut q = qkv.narrow(1, 0, heads)?; // [T, H, D]
@@ -415,7 +395,7 @@ impl Attention {
                 ops::self_attention(&q, &k, &v, cu_seqlens, None, &self.own_step_params(causal))?
             }
         }; // [T, H, D]
-        self.o.forward(&out.reshape((tokens, heads * config.head_dim))?)
+        Ok(out.reshape((tokens, heads * config.head_dim))?)
     }
 }
 

@@ -30,8 +30,6 @@ pub(crate) struct QuantMatrix {
     pub(super) cols: usize,
     /// `cols`, padded.
     pub(super) depth: usize,
-    /// Columns that share a scale; the last group may be shorter.
-    pub(super) group: usize,
     pub(super) width: CodeWidth,
     pub(super) codes: AlignedBuf<u8>,
     /// f16 bits.
@@ -72,11 +70,11 @@ impl CodeWidth {
     }
 }
 
-/// Columns of a group when weights are rounded at load; of no kind of weights has a group more.
+/// Columns that share a scale; the last group of a row may be shorter. Blocks of GGUF files have as many.
 pub(super) const GROUP: usize = 32;
 
 impl QuantMatrix {
-    fn empty(rows: usize, cols: usize, group: usize, width: CodeWidth, minima: bool) -> Result<Self> {
+    fn empty(rows: usize, cols: usize, width: CodeWidth, minima: bool) -> Result<Self> {
         let too_large = || argument("QuantMatrix", format!("[{rows}, {cols}] is too large"));
         let depth = cols.checked_next_multiple_of(STEP_COLS).ok_or_else(too_large)?;
         let panels = rows.div_ceil(LANES);
@@ -85,12 +83,11 @@ impl QuantMatrix {
             .map(|_| width.panel_bytes(depth))
             .and_then(|bytes| bytes.checked_mul(panels))
             .ok_or_else(too_large)?;
-        let groups = cols.div_ceil(group) * LANES * panels;
+        let groups = cols.div_ceil(GROUP) * LANES * panels;
         Ok(Self {
             rows,
             cols,
             depth,
-            group,
             width,
             codes: AlignedBuf::zeroed(code_bytes).ok_or_else(too_large)?.with_large_pages(),
             scales: AlignedBuf::zeroed(groups).ok_or_else(too_large)?.with_large_pages(),
@@ -117,7 +114,7 @@ impl QuantMatrix {
     fn round(parts: &[Tensor], width: CodeWidth) -> Result<Self> {
         let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
         let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
-        let mut matrix = Self::empty(rows, cols, GROUP, width, false)?;
+        let mut matrix = Self::empty(rows, cols, width, false)?;
         matrix.zero = if width == CodeWidth::Byte { 128 } else { 8 };
         let parts = parts
             .iter()
@@ -169,13 +166,13 @@ impl QuantMatrix {
         }
         let rows = parts.iter().map(|part| part.rows).sum();
         let width = if block_type == BlockType::Q8_0 { CodeWidth::Byte } else { CodeWidth::Half };
-        let mut matrix = Self::empty(rows, cols, 32, width, block_type == BlockType::Q4_1)?;
+        let mut matrix = Self::empty(rows, cols, width, block_type == BlockType::Q4_1)?;
         matrix.zero = match block_type {
             BlockType::Q8_0 => 128,
             BlockType::Q4_0 => 8,
             BlockType::Q4_1 => 0,
         };
-        let row_bytes = cols / 32 * block_type.block_bytes();
+        let row_bytes = cols / GROUP * block_type.block_bytes();
         let row_of = |mut idx: usize| {
             for part in parts {
                 if idx < part.rows {
@@ -194,7 +191,7 @@ impl QuantMatrix {
                     match block_type {
                         BlockType::Q8_0 => {
                             for (i, code) in block[2..].iter().enumerate() {
-                                writer.code(lane, group * 32 + i, code.wrapping_add(128));
+                                writer.code(lane, group * GROUP + i, code.wrapping_add(128));
                             }
                         }
                         BlockType::Q4_0 | BlockType::Q4_1 => {
@@ -205,8 +202,8 @@ impl QuantMatrix {
                                 &block[2..]
                             };
                             for (i, both) in codes.iter().enumerate() {
-                                writer.code(lane, group * 32 + i, both & 15);
-                                writer.code(lane, group * 32 + 16 + i, both >> 4);
+                                writer.code(lane, group * GROUP + i, both & 15);
+                                writer.code(lane, group * GROUP + 16 + i, both >> 4);
                             }
                         }
                     }
@@ -247,7 +244,7 @@ impl QuantMatrix {
 
     /// Number of groups of a row.
     pub(super) fn num_groups(&self) -> usize {
-        self.cols.div_ceil(self.group)
+        self.cols.div_ceil(GROUP)
     }
 
     /// `[rows, cols]`.
@@ -266,7 +263,6 @@ impl QuantMatrix {
     }
 
     /// Codes of group `group` of row `row`, counted from zero and zero after the last column, and the scale's bits.
-    /// Groups must be of [`GROUP`] columns.
     pub(crate) fn read_group(&self, row: usize, group: usize) -> ([i32; GROUP], u16) {
         let (panel, lane) = (row / LANES, row % LANES);
         let panel_codes = &self.codes[panel * self.width.panel_bytes(self.depth)..];
@@ -289,7 +285,7 @@ impl QuantMatrix {
                 CodeWidth::Byte => codes[at],
                 CodeWidth::Half => (codes[at] >> shift) & 15,
             };
-            let group = (panel * self.num_groups() + k / self.group) * LANES + lane;
+            let group = (panel * self.num_groups() + k / GROUP) * LANES + lane;
             let scale = half::f16::from_bits(self.scales[group]).to_f32();
             let value = match &self.mins {
                 Some(mins) => scale * f32::from(code) + half::f16::from_bits(mins[group]).to_f32(),

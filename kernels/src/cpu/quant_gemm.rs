@@ -15,8 +15,10 @@ use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool, store_outputs
 
 /// Panels that one group of accumulators spans at most.
 const PANEL_GROUP: usize = 8;
-/// How far ahead of the loads weights are asked for, in bytes of each panel.
+/// How far ahead of the loads a block of rows that is alone asks for weights, in bytes of each panel.
 const PREFETCH_BYTES: usize = 1024;
+/// Bytes that a prefetch brings.
+const LINE_BYTES: usize = 64;
 /// Elements of x from which rounding it is worth a parallel region.
 const PARALLEL_ELEMENTS: usize = 1 << 13;
 
@@ -29,7 +31,7 @@ pub(crate) fn matmul(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mut
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    let tiled = if isa() == Isa::Amx { bytes::tiled_rows(x.num_rows, w) } else { 0 };
+    let tiled = if isa() == Isa::Amx { bytes::tiled_rows(x.num_rows) } else { 0 };
     #[cfg(not(target_arch = "x86_64"))]
     let tiled = 0;
     product(x, w, bias, y, tiled);
@@ -99,7 +101,7 @@ impl RoundedRows {
                     largest_out.slice(idx, 1),
                 )
             };
-            largest[0] = round_but_largest(x.row(idx), w.group, codes, scales, starts);
+            largest[0] = round_but_largest(x.row(idx), codes, scales, starts);
             if w.mins.is_some() {
                 // SAFETY: as above; the buffer has this size where there are minima.
                 let totals = unsafe { totals_out.slice(idx * groups, groups) };
@@ -121,26 +123,20 @@ impl RoundedRows {
 }
 
 /// As [`round_to_bytes`], all but the largest element, which becomes zero; returns its column and value.
-fn round_but_largest(
-    row: &[f32],
-    group: usize,
-    codes: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [i32],
-) -> (u32, f32) {
+fn round_but_largest(row: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) -> (u32, f32) {
     let column = dispatch!(largest_column(row) -> usize, [row: &[f32]]);
-    round_to_bytes(row, group, codes, scales, sums);
+    round_to_bytes(row, GROUP, codes, scales, sums);
     let value = row.get(column).copied().unwrap_or(0.0);
-    let idx = column / group;
+    let idx = column / GROUP;
     // Its group once more without it. Where something is not finite all scales are NaN, and stay so.
     if value != 0.0 && !scales[idx].is_nan() {
-        let end = ((idx + 1) * group).min(row.len());
+        let end = ((idx + 1) * GROUP).min(row.len());
         let mut rest = [0.0_f32; GROUP];
-        let rest = &mut rest[..end - idx * group];
-        rest.copy_from_slice(&row[idx * group..end]);
-        rest[column - idx * group] = 0.0;
-        let codes = &mut codes[idx * group..end];
-        round_to_bytes(rest, group, codes, &mut scales[idx..=idx], &mut sums[idx..=idx]);
+        let rest = &mut rest[..end - idx * GROUP];
+        rest.copy_from_slice(&row[idx * GROUP..end]);
+        rest[column - idx * GROUP] = 0.0;
+        let codes = &mut codes[idx * GROUP..end];
+        round_to_bytes(rest, GROUP, codes, &mut scales[idx..=idx], &mut sums[idx..=idx]);
     }
     (column as u32, value)
 }
@@ -253,8 +249,9 @@ unsafe fn panels_of<S: Simd, D: Dot<S>>(job: &Job<'_>, panels: std::ops::Range<u
     // SAFETY: given by the caller.
     unsafe {
         match job.w.width {
-            CodeWidth::Byte => groups_of::<S, D, Bytes>(job, panels),
-            CodeWidth::Half => groups_of::<S, D, Halves>(job, panels),
+            CodeWidth::Byte => groups_of::<S, D, Bytes, false>(job, panels),
+            CodeWidth::Half if job.w.mins.is_some() => groups_of::<S, D, Halves, true>(job, panels),
+            CodeWidth::Half => groups_of::<S, D, Halves, false>(job, panels),
         }
     }
 }
@@ -293,9 +290,12 @@ impl Codes for Halves {
 }
 
 /// # Safety
-/// As [`panels_of`]; `C` is the width of the codes.
+/// As [`panels_of`]; `C` is the width of the codes, `MINIMA` says whether they have these.
 #[inline(always)]
-unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::ops::Range<usize>) {
+unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes, const MINIMA: bool>(
+    job: &Job<'_>,
+    panels: std::ops::Range<usize>,
+) {
     let num_rows = job.x.num_rows - job.first_row;
     let num_blocks = num_rows.div_ceil((D::ACCUMULATORS / 2).max(1));
     let most_rows = num_rows.div_ceil(num_blocks);
@@ -308,9 +308,16 @@ unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::op
         for block in 0..num_blocks {
             // Blocks of nearly equal size: a last block of one row would waste a pass over the weights.
             let rows = (num_rows - first).div_ceil(num_blocks - block);
-            let tile = Tile { job, first: job.first_row + first, panel };
+            let ahead = Ahead::new(job.w, panel, count, (block, num_blocks));
+            let tile = Tile { job, first: job.first_row + first, panel, ahead };
             // SAFETY: rows and panels are those of the job.
-            unsafe { tile.run::<S, D, C>(rows, count) };
+            unsafe {
+                if num_blocks == 1 {
+                    tile.run::<S, D, C, true, MINIMA>(rows, count);
+                } else {
+                    tile.run::<S, D, C, false, MINIMA>(rows, count);
+                }
+            }
             first += rows;
         }
         panel += count;
@@ -323,7 +330,7 @@ unsafe fn groups_of<S: Simd, D: Dot<S>, C: Codes>(job: &Job<'_>, panels: std::op
 /// The instruction set of `S`.
 #[inline(always)]
 pub(super) unsafe fn weights_of<S: Simd>(w: &QuantMatrix, panel: usize, column: usize) -> S::V {
-    let at = (panel * w.num_groups() + column / w.group) * LANES;
+    let at = (panel * w.num_groups() + column / GROUP) * LANES;
     let codes = &w.codes[panel * w.width.panel_bytes(w.depth)..];
     // SAFETY: the slices have sixteen scales and four bytes for each of the sixteen rows; the instruction set is given.
     unsafe {
@@ -340,21 +347,57 @@ pub(super) unsafe fn weights_of<S: Simd>(w: &QuantMatrix, panel: usize, column: 
     }
 }
 
+/// What a block of rows asks for on its way through some panels: its share of the panels that come next. The processor
+/// itself brings what is read again from the second-level cache in time, and asking for every line of it costs a fifth of
+/// the product.
+#[derive(Clone, Copy)]
+struct Ahead {
+    from: *const u8,
+    /// Lines for each group of columns.
+    lines: usize,
+}
+
+impl Ahead {
+    /// For block `idx` of `blocks`.
+    fn new(w: &QuantMatrix, panel: usize, count: usize, (idx, blocks): (usize, usize)) -> Self {
+        let bytes = count * w.width.panel_bytes(w.depth);
+        let share = bytes.div_ceil(blocks).next_multiple_of(LINE_BYTES);
+        // Behind the last panel this names memory that is not ours, which a prefetch may.
+        let next = w.codes.as_ptr().wrapping_add((panel + count) * w.width.panel_bytes(w.depth));
+        let lines = (share / LINE_BYTES).div_ceil(w.num_groups().max(1));
+        Self { from: next.wrapping_add(share * idx), lines }
+    }
+
+    /// Asks for the share of a group.
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(self, group: usize) {
+        for line in group * self.lines..(group + 1) * self.lines {
+            // SAFETY: the instruction set is given.
+            unsafe { S::prefetch(self.from.wrapping_add(line * LINE_BYTES)) };
+        }
+    }
+}
+
 struct Tile<'a> {
     job: &'a Job<'a>,
     first: usize,
     panel: usize,
+    ahead: Ahead,
 }
 
 impl Tile<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd, D: Dot<S>, C: Codes>(&self, rows: usize, panels: usize) {
+    unsafe fn run<S: Simd, D: Dot<S>, C: Codes, const ALONE: bool, const MINIMA: bool>(
+        &self,
+        rows: usize,
+        panels: usize,
+    ) {
         macro_rules! cases {
             ($(($m:literal, $n:literal)),* $(,)?) => {
                 match (rows, panels) {
                     // SAFETY: given by the caller.
                     $(($m, $n) if $m * $n <= D::ACCUMULATORS => unsafe {
-                        self.kernel::<S, D, C, $m, $n>()
+                        self.kernel::<S, D, C, ALONE, MINIMA, $m, $n>()
                     },)*
                     _ => unreachable!("no kernel for {rows} rows and {panels} panels"),
                 }
@@ -381,40 +424,62 @@ impl Tile<'_> {
         );
     }
 
-    /// `M` rows by `N` panels: whole-number sums of a group and f32 sums of the groups, all in registers.
+    /// `M` rows by `N` panels: whole-number sums of a group and f32 sums of the groups, all in registers. A block of rows that is
+    /// `ALONE` asks for every line of its own panels in time.
     #[inline(always)]
-    unsafe fn kernel<S: Simd, D: Dot<S>, C: Codes, const M: usize, const N: usize>(&self) {
-        let Job { x, w, bias, y, .. } = *self.job;
+    unsafe fn kernel<
+        S: Simd,
+        D: Dot<S>,
+        C: Codes,
+        const ALONE: bool,
+        const MINIMA: bool,
+        const M: usize,
+        const N: usize,
+    >(
+        &self,
+    ) {
+        let Job { x, w, .. } = *self.job;
         let (groups, depth) = (w.num_groups(), w.depth);
         let panel_bytes = w.width.panel_bytes(depth);
         let codes = w.codes[self.panel * panel_bytes..][..N * panel_bytes].as_ptr();
         let scales = w.scales[self.panel * groups * LANES..][..N * groups * LANES].as_ptr();
-        let mins =
-            w.mins.as_ref().map(|mins| mins[self.panel * groups * LANES..][..N * groups * LANES].as_ptr());
+        let mins = match &w.mins {
+            Some(mins) if MINIMA => mins[self.panel * groups * LANES..][..N * groups * LANES].as_ptr(),
+            _ => scales,
+        };
         let x_codes = x.codes[self.first * depth..][..M * depth].as_ptr();
-        let x_scales = &x.scales[self.first * groups..][..M * groups];
-        let x_starts = &x.starts[self.first * groups..][..M * groups];
+        let x_scales = x.scales[self.first * groups..][..M * groups].as_ptr();
+        let x_starts = x.starts[self.first * groups..][..M * groups].as_ptr();
+        let x_totals = match MINIMA {
+            true => x.totals[self.first * groups..][..M * groups].as_ptr(),
+            false => x_scales,
+        };
         let from = if C::STEP > STEP_BYTES { D::BYTES_FROM } else { 0 };
         assert!(from == 0 || from == w.zero, "bytes count from 128");
-        // SAFETY: all reads lie in the slices just cut; the stores stay in row `first + m`, columns of these panels.
+        // SAFETY: all reads lie in the slices just cut.
         unsafe {
             let mut outputs = [[S::splat(0.0); N]; M];
             for group in 0..groups {
-                let begin = group * w.group;
-                let end = (begin + w.group).min(depth);
+                let begin = group * GROUP;
+                let end = (begin + GROUP).min(depth);
                 let mut sums: [[D::Sums; N]; M] = std::array::from_fn(|m| {
-                    let start = *x_starts.as_ptr().add(m * groups + group);
+                    let start = *x_starts.add(m * groups + group);
                     // Codes that count from their zero already need no start.
                     [D::start(if from == 0 { start } else { 0 }); N]
                 });
+                if !ALONE {
+                    self.ahead.ask::<S>(group);
+                }
                 let mut k = begin;
                 while k < end {
                     let load = |n: usize| {
                         let p = codes.add(n * panel_bytes + k / STEP_COLS * C::STEP);
-                        // Beyond the end this names memory that is not ours, which a prefetch may.
-                        S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES));
-                        if C::STEP > STEP_BYTES {
-                            S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES + STEP_BYTES));
+                        if ALONE {
+                            // Beyond the end this names memory that is not ours, which a prefetch may.
+                            S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES));
+                            if C::STEP > STEP_BYTES {
+                                S::prefetch(p.wrapping_byte_add(PREFETCH_BYTES + STEP_BYTES));
+                            }
                         }
                         C::load::<S, D>(p)
                     };
@@ -452,31 +517,39 @@ impl Tile<'_> {
                     let at = (n * groups + group) * LANES;
                     let scale = S::load_f16(scales.add(at));
                     for m in 0..M {
-                        let both = S::mul(scale, S::splat(*x_scales.as_ptr().add(m * groups + group)));
+                        let both = S::mul(scale, S::splat(*x_scales.add(m * groups + group)));
                         outputs[m][n] = S::fma(both, D::to_float(sums[m][n]), outputs[m][n]);
                     }
-                    if let Some(mins) = mins {
+                    if MINIMA {
                         let min = S::load_f16(mins.add(at));
                         for m in 0..M {
-                            let total = x.totals[(self.first + m) * groups + group];
+                            let total = *x_totals.add(m * groups + group);
                             outputs[m][n] = S::fma(min, S::splat(total), outputs[m][n]);
                         }
                     }
                 }
             }
-            for m in 0..M {
-                let (column, value) = x.largest[self.first + m];
-                for n in 0..N {
-                    let weights = weights_of::<S>(w, self.panel + n, column as usize);
-                    outputs[m][n] = S::fma(S::splat(value), weights, outputs[m][n]);
-                }
-            }
             for (m, outputs) in outputs.iter().enumerate() {
-                for (n, output) in outputs.iter().enumerate() {
-                    let column = (self.panel + n) * LANES;
-                    let output = S::mul(*output, S::splat(w.unit));
-                    store_outputs::<S>(output, bias, y, (self.first + m) * w.rows, (column, w.rows));
-                }
+                self.finish::<S, N>(self.first + m, outputs);
+            }
+        }
+    }
+
+    /// Adds the product of the largest element of `row` to `N` panels' outputs, and stores them.
+    ///
+    /// # Safety
+    /// The row and the panels are the job's; the instruction set of `S`.
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const N: usize>(&self, row: usize, outputs: &[S::V; N]) {
+        let Job { x, w, bias, y, .. } = *self.job;
+        let (column, value) = x.largest[row];
+        for (n, output) in outputs.iter().enumerate() {
+            // SAFETY: given by the caller; the stores stay in the row, columns of these panels.
+            unsafe {
+                let weights = weights_of::<S>(w, self.panel + n, column as usize);
+                let output = S::mul(S::fma(S::splat(value), weights, *output), S::splat(w.unit));
+                let column = (self.panel + n) * LANES;
+                store_outputs::<S>(output, bias, y, row * w.rows, (column, w.rows));
             }
         }
     }

@@ -42,13 +42,9 @@ static CONFIG: TileConfig = {
 };
 
 /// How many of `num_rows` rows, from the first on, are for tiles.
-pub(in crate::cpu) fn tiled_rows(num_rows: usize, w: &QuantMatrix) -> usize {
+pub(in crate::cpu) fn tiled_rows(num_rows: usize) -> usize {
     let rest = num_rows % TILE_ROWS;
-    match (w.group == GROUP, rest >= MIN_ROWS) {
-        (false, _) => 0,
-        (true, true) => num_rows,
-        (true, false) => num_rows - rest,
-    }
+    if rest >= MIN_ROWS { num_rows } else { num_rows - rest }
 }
 
 /// Activations as signed bytes, and what their groups are multiplied by.

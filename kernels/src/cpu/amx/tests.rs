@@ -129,7 +129,7 @@ fn byte_tiles_have_the_bits_of_vectors() {
             for bias in [None, Some(&bias[..])] {
                 let wanted = compute(70, bias, 0);
                 for rows in [1, 7, 8, 15, 16, 17, 24, 31, 33, 48, 70] {
-                    for tiled in [bytes::tiled_rows(rows, &w), rows.min(16), rows] {
+                    for tiled in [bytes::tiled_rows(rows), rows.min(16), rows] {
                         let found = compute(rows, bias, tiled);
                         let wanted = &wanted[..rows * n];
                         assert_eq!(bits(&found), bits(wanted), "{tiled} of {rows} rows, {name} {n} x {k}");
@@ -143,6 +143,6 @@ fn byte_tiles_have_the_bits_of_vectors() {
 #[test]
 fn few_rows_stay_with_vectors() {
     let (_, w) = quantized(16, 32).swap_remove(0);
-    let tiled = [1, 7, 8, 16, 17, 23, 24, 512, 519, 520].map(|rows| bytes::tiled_rows(rows, &w));
+    let tiled = [1, 7, 8, 16, 17, 23, 24, 512, 519, 520].map(|rows| bytes::tiled_rows(rows));
     assert_eq!(tiled, [0, 0, 8, 16, 16, 16, 24, 512, 512, 520]);
 }
