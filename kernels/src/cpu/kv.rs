@@ -3,7 +3,11 @@
 use super::buffer::AlignedBuf;
 use super::quant_gemm::round_to_bytes;
 use super::simd::LANES;
-use super::{Isa, OutPtr, Rows, isa, pool};
+#[cfg(target_arch = "x86_64")]
+use super::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, dispatch, isa};
+use super::{OutPtr, Rows, pool};
 use crate::KvDtype;
 use crate::error::{Result, argument};
 
@@ -19,6 +23,14 @@ use crate::error::{Result, argument};
 ///
 /// Bytes, and 16-bit floats that are multiplied as such, have a scale for each slot's key and value of a head:
 /// `[tile][kv head][16 slots]`.
+///
+/// Dot products of bf16 want two numbers side by side that are multiplied with two others, so where these compute, bf16 lies in
+/// pairs of features (keys) and of slots (values):
+///
+/// ```text
+/// keys:   [tile][kv head][head_dim / 2][16 slots][2]
+/// values: [tile][kv head][8 pairs of slots][head_dim][2]
+/// ```
 #[derive(Debug)]
 pub(crate) struct KvStore {
     pub(super) num_slots: usize,
@@ -36,6 +48,12 @@ pub(super) enum KvData {
         v: AlignedBuf<f32>,
     },
     Bf16 {
+        k: AlignedBuf<u16>,
+        v: AlignedBuf<u16>,
+    },
+    /// bf16 in pairs.
+    #[cfg(target_arch = "x86_64")]
+    Pairs {
         k: AlignedBuf<u16>,
         v: AlignedBuf<u16>,
     },
@@ -60,13 +78,39 @@ pub(super) enum KvData {
     },
 }
 
+/// Heads in pairs are whole steps of the products.
+#[cfg(target_arch = "x86_64")]
+const PAIRED_DIM: usize = 32;
 /// Elements from which storing them is worth a parallel region.
 const PARALLEL_ELEMENTS: usize = 1 << 12;
 
-/// Whether caches of bf16 and f16 are kept as [`KvData::Halves`].
+/// How 16-bit numbers are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    Plain,
+    /// bf16 and f16 as [`KvData::Halves`].
+    #[cfg(target_arch = "x86_64")]
+    Halves,
+    /// bf16 as [`KvData::Pairs`], if heads fill whole lines; the rest as it is.
+    #[cfg(target_arch = "x86_64")]
+    Pairs,
+}
+
+/// That of the instruction set in use.
+fn layout() -> Layout {
+    #[cfg(target_arch = "x86_64")]
+    match isa() {
+        Isa::Avx512Fp16 => return Layout::Halves,
+        Isa::Avx512Bf16 => return Layout::Pairs,
+        _ => {}
+    }
+    Layout::Plain
+}
+
+/// Whether caches of 16-bit numbers have scales.
 fn as_halves() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return isa() == Isa::Avx512Fp16;
+    return layout() == Layout::Halves;
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
@@ -88,15 +132,15 @@ impl KvStore {
         head_dim: usize,
         dtype: KvDtype,
     ) -> Result<Self> {
-        Self::with(num_slots, (num_kv_heads, head_dim), dtype, as_halves())
+        Self::with(num_slots, (num_kv_heads, head_dim), dtype, layout())
     }
 
-    /// As [`KvStore::new`]; `halves`: bf16 and f16 as [`KvData::Halves`], where those may be used.
+    /// As [`KvStore::new`] in a layout that may be used.
     pub(super) fn with(
         num_slots: usize,
         (num_kv_heads, head_dim): (usize, usize),
         dtype: KvDtype,
-        halves: bool,
+        layout: Layout,
     ) -> Result<Self> {
         let padded_dim = head_dim.next_multiple_of(LANES);
         let too_large = || argument("KvLayer::new", format!("{num_slots} slots are too many"));
@@ -108,7 +152,11 @@ impl KvStore {
         let i8s = |len| AlignedBuf::<i8>::zeroed(len).ok_or_else(too_large);
         let data = match dtype {
             #[cfg(target_arch = "x86_64")]
-            KvDtype::Bf16 | KvDtype::F16 if halves => KvData::Halves {
+            KvDtype::Bf16 if layout == Layout::Pairs && head_dim.is_multiple_of(PAIRED_DIM) => {
+                KvData::Pairs { k: u16s(k_len)?, v: u16s(v_len)? }
+            }
+            #[cfg(target_arch = "x86_64")]
+            KvDtype::Bf16 | KvDtype::F16 if layout == Layout::Halves => KvData::Halves {
                 k: u16s(k_len)?,
                 v: u16s(v_len)?,
                 k_scales: f32s(rows)?,
@@ -146,6 +194,8 @@ impl KvStore {
                     *out = half::bf16::from_f32(*x).to_bits();
                 }
             }),
+            #[cfg(target_arch = "x86_64")]
+            KvData::Pairs { k, v } => scatter_pairs(rows, shape, (k, v)),
             KvData::F16 { k, v } => scatter(rows, shape, (k, v), |x, out, _| {
                 for (out, x) in out.iter_mut().zip(x) {
                     *out = half::f16::from_f32(*x).to_bits();
@@ -214,5 +264,62 @@ fn scatter<T: Copy + Default + Send>(
         (0..2 * heads).for_each(piece);
     } else {
         pool::run(2 * heads, piece);
+    }
+}
+
+/// Brings rows into tiles of pairs, as bf16.
+#[cfg(target_arch = "x86_64")]
+fn scatter_pairs(
+    (k, v, slots): (Rows<'_>, Rows<'_>, &[u32]),
+    (heads, dim, _): (usize, usize, usize),
+    (k_out, v_out): (&mut [u16], &mut [u16]),
+) {
+    let (k_out, v_out) = (OutPtr(k_out.as_mut_ptr()), OutPtr(v_out.as_mut_ptr()));
+    // As in `scatter`.
+    let piece = |idx: usize| {
+        let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
+        let mut rounded = vec![0_u16; dim];
+        for (token, slot) in slots.iter().enumerate() {
+            let at = (*slot as usize / LANES * heads + head) * dim * LANES;
+            let lane = *slot as usize % LANES;
+            let rows = if matches!(side, Side::Keys) { k } else { v };
+            let row = &rows.row(token)[head * dim..][..dim];
+            let out: &mut [u16] = &mut rounded;
+            dispatch!(round_to_bf16(row, out) -> (), [row: &[f32], out: &mut [u16]]);
+            match side {
+                Side::Keys => {
+                    // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
+                    let tile = unsafe { k_out.slice(at, dim * LANES) };
+                    let pairs = tile.chunks_exact_mut(2).skip(lane).step_by(LANES);
+                    for (out, pair) in pairs.zip(rounded.chunks_exact(2)) {
+                        out.copy_from_slice(pair);
+                    }
+                }
+                Side::Values => {
+                    // SAFETY: as above.
+                    let tile = unsafe { v_out.slice(at, LANES * dim) };
+                    let row = &mut tile[lane / 2 * 2 * dim..][..2 * dim];
+                    for (out, x) in row.iter_mut().skip(lane % 2).step_by(2).zip(&rounded) {
+                        *out = *x;
+                    }
+                }
+            }
+        }
+    };
+    if slots.len() * heads * dim < PARALLEL_ELEMENTS {
+        (0..2 * heads).for_each(piece);
+    } else {
+        pool::run(2 * heads, piece);
+    }
+}
+
+/// # Safety
+/// The instruction set of `S`; `row` is whole vectors, `out` as long.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn round_to_bf16<S: Simd>(row: &[f32], out: &mut [u16]) {
+    for (x, out) in row.chunks_exact(LANES).zip(out.chunks_exact_mut(LANES)) {
+        // SAFETY: both have sixteen elements; the instruction set is given.
+        unsafe { S::store_bf16(out.as_mut_ptr(), S::load(x.as_ptr())) };
     }
 }

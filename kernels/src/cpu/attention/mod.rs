@@ -14,8 +14,12 @@ mod dots;
 #[cfg(target_arch = "x86_64")]
 mod half;
 #[cfg(target_arch = "x86_64")]
+mod in_cache;
+#[cfg(target_arch = "x86_64")]
 mod pairs;
 mod products;
+#[cfg(target_arch = "x86_64")]
+mod soften;
 mod softmax;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
@@ -26,7 +30,7 @@ use std::sync::OnceLock;
 
 use self::products::{add_all, score_all};
 use self::softmax::{Softmax, join, multiply, soften};
-use self::tiles::{Ahead, Bf16, Element, F16, F32, Gathered, Int8, Widened, in_place};
+use self::tiles::{Ahead, Bf16, Element, F16, F32, Gathered, Int8, Widened};
 use super::kv::{KvData, KvStore};
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -201,7 +205,7 @@ impl Job<'_> {
 fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
     // A function for each type: all in one would be too large for the compiler to inline what it is made of.
     macro_rules! of {
-        ($attend:path, [$($element:ty),+], $raw:ty, $kv:expr, $scales:expr) => {{
+        ($attend:path, [$($element:ty),*], $raw:ty, $kv:expr, $scales:expr) => {{
             type Buffers<'a> = (&'a [$raw], &'a [$raw]);
             type Scales<'a> = Option<(&'a [f32], &'a [f32])>;
             #[inline(always)]
@@ -215,7 +219,7 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
                 // SAFETY: the element type matches the buffers; the rest is given by the caller.
                 unsafe {
                     use $attend as attend;
-                    attend::<S, $($element),+>(job, piece, keys, kv, scales)
+                    attend::<S $(, $element)*>(job, piece, keys, kv, scales)
                 }
             }
             dispatch!(
@@ -233,6 +237,9 @@ fn attend(job: &Job<'_>, piece: Piece, keys: Range<usize>) -> Softmax {
         (KvData::Bf16 { k, v }, Unit::Dots) => {
             of!(pairs::attend, [pairs::Bf16, dots::Dots], u16, (k, v), None)
         }
+        // Such caches are made only where there are dot products of bf16.
+        #[cfg(target_arch = "x86_64")]
+        (KvData::Pairs { k, v }, _) => of!(in_cache::attend, [], u16, (k, v), None),
         #[cfg(target_arch = "x86_64")]
         (KvData::Int8 { k, v, k_scales, v_scales }, Unit::Tiles) => {
             of!(pairs::attend, [pairs::Int8, amx::Tiles], i8, (k, v), Some((k_scales, v_scales)))
@@ -290,12 +297,7 @@ unsafe fn attend_typed<S: Simd, E: Element>(
         let num_tiles = num_keys.div_ceil(LANES);
         // While the keys are read the values are on their way, and then the next keys.
         let values = Ahead::values(&tiles, padded);
-        let next = if start + CHUNK < keys.end && job.in_place() {
-            let num_keys = CHUNK.min(keys.end - start - CHUNK);
-            Ahead::keys(&in_place(job, piece, (start + CHUNK, num_keys), k, v), dim)
-        } else {
-            Ahead::nothing()
-        };
+        let next = Ahead::next_keys(job, piece, (start + CHUNK, keys.end), (k, v));
         if let Some((k_scales, v_scales)) = scales {
             for key in 0..num_keys {
                 let slot = meta.slot(piece.seq, start + key);

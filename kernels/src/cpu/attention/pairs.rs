@@ -1,5 +1,5 @@
 //! Attention over a cache of bf16 or bytes by products of bf16 pairs, on tiles (`amx.rs`) or by dot products (`dots.rs`); the
-//! softmax between them is f32.
+//! softmax between them is f32. What is not cached in pairs (`in_cache.rs`) is brought into them a chunk at a time.
 //!
 //! For each chunk of keys and each tile of sixteen query rows:
 //!
@@ -16,8 +16,12 @@
 //! not see have the weight zero, and those behind the end of the sequence count as zero values: adding their products
 //! changes no sum. (It may turn -0 into 0, so no sum is left -0.)
 
-use super::softmax::{Softmax, join, positive_zeros};
-use super::tiles::{Ahead, Gathered, Tiles, in_place};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::soften::{Scales, Segment, soften};
+use super::softmax::{Softmax, join};
+use super::tiles::{Ahead, Gathered, Tiles};
 use super::{CHUNK, Job, Piece, SEGMENT};
 use crate::cpu::amx::{TILE_COLS, TILE_ROWS};
 use crate::cpu::simd::{LANES, Simd};
@@ -34,13 +38,27 @@ pub(super) trait Unit {
 
     /// `scores[row][key] = queries[row] . keys[key]` for the first `rows` rows; others may be written, too.
     ///
-    /// `queries`: `[16 rows][depth]`; `keys` as in [`Operands`].
+    /// `queries`: `[16 rows][depth]`; `keys` as in [`Packed`].
     unsafe fn score(queries: &[u16], keys: &[u32], depth: usize, rows: usize, scores: &mut Scores);
 
     /// `sums[row] += weights[row] . values` for the first `rows` rows; those of the others are zero.
     ///
-    /// `sums`: `[16 rows][depth]`; `values` as in [`Operands`].
+    /// `sums`: `[16 rows][depth]`; `values` as in [`Packed`].
     unsafe fn add_values(weights: &Weights, values: &[u32], depth: usize, rows: usize, sums: &mut [f32]);
+}
+
+/// The keys and values of a chunk, and what multiplies them.
+///
+/// # Safety
+/// As for [`Unit`]; what is taken belongs to the job's cache. `queries`, `scores`, `weights` and `sums` are as there.
+pub(super) trait Chunk {
+    unsafe fn begin(&self);
+    unsafe fn end(&self);
+    /// Takes the chunk at `start` of the keys below `end`.
+    unsafe fn take<S: Simd>(&mut self, job: &Job<'_>, piece: Piece, start: usize, end: usize);
+    /// `first`: these are the first rows that meet this chunk.
+    unsafe fn score(&self, queries: &[u16], depth: usize, rows: usize, first: bool, scores: &mut Scores);
+    unsafe fn add_values(&self, weights: &Weights, depth: usize, rows: usize, first: bool, sums: &mut [f32]);
 }
 
 /// Elements of a tile of pairs.
@@ -80,34 +98,27 @@ impl Element for Int8 {
     }
 }
 
-/// Scales of the keys and values of a chunk of bytes.
-type Scales<'a> = (&'a [f32; CHUNK], &'a [f32; CHUNK]);
-
-/// Queries of a piece, and the keys and values of a chunk, as tiles.
-struct Operands {
+/// Queries of a piece.
+struct Queries {
     num_rows: usize,
     /// Features, padded to the depth of a tile.
     depth: usize,
     /// bf16, `[num_rows, padded][depth]`
-    queries: Vec<u16>,
-    /// Pairs of features, `[tile of keys][depth / 2][16 keys][2]`; the features beyond the last are zero.
-    keys: Vec<u32>,
-    /// Pairs of keys, `[half of the chunk][depth / 16][16 pairs of keys][16 features][2]`.
-    values: Vec<u32>,
+    data: Vec<u16>,
 }
 
-impl Operands {
+impl Queries {
     /// # Safety
     /// The instruction set of `S`.
     #[inline(always)]
     unsafe fn new<S: Simd>(job: &Job<'_>, piece: Piece) -> Self {
         let Job { q, store, group, .. } = *job;
         let dim = store.head_dim;
-        let depth = dim.next_multiple_of(TILE_COLS);
+        let depth = padded_depth(dim);
         let num_rows = (piece.end - piece.first) * group;
-        let mut queries = vec![0_u16; num_rows.next_multiple_of(TILE_ROWS) * depth];
+        let mut data = vec![0_u16; num_rows.next_multiple_of(TILE_ROWS) * depth];
         let mut padded = vec![0.0_f32; depth];
-        for (row, queries) in queries.chunks_exact_mut(depth).take(num_rows).enumerate() {
+        for (row, queries) in data.chunks_exact_mut(depth).take(num_rows).enumerate() {
             let head = piece.kv_head * group + row % group;
             padded[..dim].copy_from_slice(&q.row(piece.first + row / group)[head * dim..][..dim]);
             for (queries, x) in queries.chunks_exact_mut(LANES).zip(padded.chunks_exact(LANES)) {
@@ -115,12 +126,36 @@ impl Operands {
                 unsafe { S::store_bf16(queries.as_mut_ptr(), S::load(x.as_ptr())) };
             }
         }
+        Self { num_rows, depth, data }
+    }
+}
+
+fn padded_depth(dim: usize) -> usize {
+    dim.next_multiple_of(TILE_COLS)
+}
+
+/// A chunk of a cache of `E`, brought into tiles for `U`.
+struct Packed<'a, E: Element, U> {
+    cache: (&'a [E::Raw], &'a [E::Raw]),
+    gathered: Gathered<E::Raw>,
+    depth: usize,
+    /// Pairs of features, `[tile of keys][depth / 2][16 keys][2]`; the features beyond the last are zero.
+    keys: Vec<u32>,
+    /// Pairs of keys, `[half of the chunk][depth / 16][16 pairs of keys][16 features][2]`.
+    values: Vec<u32>,
+    unit: PhantomData<U>,
+}
+
+impl<'a, E: Element, U> Packed<'a, E, U> {
+    fn new(cache: (&'a [E::Raw], &'a [E::Raw]), dim: usize) -> Self {
+        let depth = padded_depth(dim);
         Self {
-            num_rows,
+            cache,
+            gathered: Gathered::default(),
             depth,
-            queries,
             keys: vec![0; CHUNK * depth / 2],
             values: vec![0; CHUNK / 2 * depth],
+            unit: PhantomData,
         }
     }
 
@@ -129,7 +164,7 @@ impl Operands {
     /// # Safety
     /// The tiles point to `dim * 16` keys; the instruction set of `S`.
     #[inline(always)]
-    unsafe fn load_keys<S: Simd, E: Element>(
+    unsafe fn load_keys<S: Simd>(
         &mut self,
         tiles: &Tiles<E::Raw>,
         (dim, num_keys): (usize, usize),
@@ -157,7 +192,7 @@ impl Operands {
     /// # Safety
     /// The tiles point to `16 * padded` values; the instruction set of `S`.
     #[inline(always)]
-    unsafe fn load_values<S: Simd, E: Element>(
+    unsafe fn load_values<S: Simd>(
         &mut self,
         tiles: &Tiles<E::Raw>,
         (padded, num_keys): (usize, usize),
@@ -184,6 +219,44 @@ impl Operands {
     }
 }
 
+impl<E: Element, U: Unit> Chunk for Packed<'_, E, U> {
+    unsafe fn begin(&self) {
+        // SAFETY: given by the caller.
+        unsafe { U::begin() };
+    }
+
+    unsafe fn end(&self) {
+        // SAFETY: given by the caller.
+        unsafe { U::end() };
+    }
+
+    #[inline(always)]
+    unsafe fn take<S: Simd>(&mut self, job: &Job<'_>, piece: Piece, start: usize, end: usize) {
+        let (dim, padded) = (job.store.head_dim, job.store.padded_dim);
+        let (k, v) = self.cache;
+        let num_keys = CHUNK.min(end - start);
+        let tiles = self.gathered.tiles(job, piece, (start, num_keys), k, v);
+        // While the keys are read the values are on their way, and then the next keys.
+        let values = Ahead::values(&tiles, padded);
+        let next = Ahead::next_keys(job, piece, (start + CHUNK, end), (k, v));
+        // SAFETY: each tile points to dim * 16 keys and 16 * padded values; the rest is given.
+        unsafe {
+            self.load_keys::<S>(&tiles, (dim, num_keys), values);
+            self.load_values::<S>(&tiles, (padded, num_keys), next);
+        }
+    }
+
+    unsafe fn score(&self, queries: &[u16], depth: usize, rows: usize, _: bool, scores: &mut Scores) {
+        // SAFETY: given by the caller.
+        unsafe { U::score(queries, &self.keys, depth, rows, scores) };
+    }
+
+    unsafe fn add_values(&self, weights: &Weights, depth: usize, rows: usize, _: bool, sums: &mut [f32]) {
+        // SAFETY: given by the caller.
+        unsafe { U::add_values(weights, &self.values, depth, rows, sums) };
+    }
+}
+
 /// `out[i]` is the pair of `first[i]` and `second[i]`, as tiles want them.
 #[inline(always)]
 fn interleave(first: [u16; LANES], second: [u16; LANES], out: &mut [u32]) {
@@ -200,34 +273,38 @@ fn interleave(first: [u16; LANES], second: [u16; LANES], out: &mut [u32]) {
 pub(super) unsafe fn attend<S: Simd, E: Element, U: Unit>(
     job: &Job<'_>,
     piece: Piece,
-    keys: std::ops::Range<usize>,
-    (k, v): (&[E::Raw], &[E::Raw]),
+    keys: Range<usize>,
+    kv: (&[E::Raw], &[E::Raw]),
+    scales: Option<(&[f32], &[f32])>,
+) -> Softmax {
+    // SAFETY: given by the caller.
+    unsafe { run::<S, _>(job, piece, keys, Packed::<E, U>::new(kv, job.store.head_dim), scales) }
+}
+
+/// As [`attend`], over chunks that `chunk` takes.
+///
+/// # Safety
+/// The scales are those of `job.store`; the instruction sets of `S` and `chunk`.
+#[inline(always)]
+pub(super) unsafe fn run<S: Simd, C: Chunk>(
+    job: &Job<'_>,
+    piece: Piece,
+    keys: Range<usize>,
+    mut chunk: C,
     scales: Option<(&[f32], &[f32])>,
 ) -> Softmax {
     let Job { store, meta, params, group, .. } = *job;
-    let (dim, padded) = (store.head_dim, store.padded_dim);
     let position = job.position(piece);
-
     // SAFETY: the instruction set is given.
-    let mut operands = unsafe { Operands::new::<S>(job, piece) };
-    let padded_rows = operands.num_rows.next_multiple_of(TILE_ROWS);
-    let mut total = Softmax::new(padded_rows, operands.depth);
-    let mut segment = Softmax::new(padded_rows, operands.depth);
-    let mut gathered = Gathered::<E::Raw>::default();
+    let queries = unsafe { Queries::new::<S>(job, piece) };
+    let padded_rows = queries.num_rows.next_multiple_of(TILE_ROWS);
+    let mut total = Softmax::new(padded_rows, queries.depth);
+    let mut segment = Segment::new(padded_rows, queries.depth);
     let (mut key_scales, mut value_scales) = ([0.0_f32; CHUNK], [0.0_f32; CHUNK]);
     // SAFETY: the instruction set is given.
-    unsafe { U::begin() };
+    unsafe { chunk.begin() };
     for start in (keys.start / CHUNK * CHUNK..keys.end).step_by(CHUNK) {
         let num_keys = CHUNK.min(keys.end - start);
-        let tiles = gathered.tiles(job, piece, (start, num_keys), k, v);
-        // While the keys are read the values are on their way, and then the next keys.
-        let values = Ahead::values(&tiles, padded);
-        let next = if start + CHUNK < keys.end && job.in_place() {
-            let num_keys = CHUNK.min(keys.end - start - CHUNK);
-            Ahead::keys(&in_place(job, piece, (start + CHUNK, num_keys), k, v), dim)
-        } else {
-            Ahead::nothing()
-        };
         if let Some((k_scales, v_scales)) = scales {
             for key in 0..num_keys {
                 let slot = meta.slot(piece.seq, start + key);
@@ -241,127 +318,56 @@ pub(super) unsafe fn attend<S: Simd, E: Element, U: Unit>(
             let from = params.sliding_window.map_or(0, |window| (at + 1).saturating_sub(window));
             from.saturating_sub(start)..(at + 1).saturating_sub(start).min(num_keys)
         };
-        // SAFETY: each tile points to dim * 16 keys and 16 * padded values; the rest is given.
+        // SAFETY: given by the caller.
         unsafe {
-            operands.load_keys::<S, E>(&tiles, (dim, num_keys), values);
-            operands.load_values::<S, E>(&tiles, (padded, num_keys), next);
-            for first in (0..operands.num_rows).step_by(TILE_ROWS) {
-                visit::<S, U>(&operands, &mut segment, first, (params, scales), &seen);
+            chunk.take::<S>(job, piece, start, keys.end);
+            for first in (0..queries.num_rows).step_by(TILE_ROWS) {
+                visit::<S, C>(&queries, &chunk, &mut segment, first, (params, scales), &seen);
             }
             if (start + CHUNK).is_multiple_of(SEGMENT) || start + CHUNK >= keys.end {
-                positive_zeros::<S>(&mut segment.sums);
-                join::<S>(&mut total, &segment);
+                join::<S>(&mut total, segment.softmax::<S>());
                 segment.clear();
             }
         }
     }
     // SAFETY: as above.
-    unsafe { U::end() };
+    unsafe { chunk.end() };
     total
 }
 
 /// One chunk for the tile of rows from `first` on.
 ///
 /// # Safety
-/// The instruction sets of `S` and `U`, which has begun.
+/// The instruction sets of `S` and of `chunk`, which has begun and taken something.
 #[inline(always)]
-unsafe fn visit<S: Simd, U: Unit>(
-    operands: &Operands,
-    segment: &mut Softmax,
+unsafe fn visit<S: Simd, C: Chunk>(
+    queries: &Queries,
+    chunk: &C,
+    segment: &mut Segment,
     first: usize,
     (params, scales): (&AttnParams, Option<Scales<'_>>),
-    seen: &impl Fn(usize) -> std::ops::Range<usize>,
+    seen: &impl Fn(usize) -> Range<usize>,
 ) {
-    let depth = operands.depth;
+    let depth = queries.depth;
     let mut scores = Scores([[0.0; CHUNK]; TILE_ROWS]);
     // Rows that are none have the weight zero.
     let mut weights = Weights([[0; CHUNK]; TILE_ROWS]);
-    let queries = &operands.queries[first * depth..][..TILE_ROWS * depth];
-    let rows = TILE_ROWS.min(operands.num_rows - first);
+    let rows = TILE_ROWS.min(queries.num_rows - first);
+    let queries = &queries.data[first * depth..][..TILE_ROWS * depth];
     // SAFETY: sixteen rows of queries and of sums, a chunk of keys and values; the instruction set is given.
     unsafe {
-        U::score(queries, &operands.keys, depth, rows, &mut scores);
-        for row in 0..rows {
-            let at = first + row;
-            let sums = &mut segment.sums[at * depth..][..depth];
-            let running = (&mut segment.row_max[at], &mut segment.row_sum[at]);
-            soften::<S>(&mut scores.0[row], seen(at), (params, scales), running, &mut weights.0[row], sums);
-        }
-        let sums = &mut segment.sums[first * depth..][..TILE_ROWS * depth];
-        U::add_values(&weights, &operands.values, depth, rows, sums);
+        chunk.score(queries, depth, rows, first == 0, &mut scores);
+        let seen = std::array::from_fn(|row| if row < rows { seen(first + row) } else { 0..0 });
+        soften(&scores, &seen, (params, scales), &mut segment.rows_from(first), &mut weights);
+        let sums = segment.rows_from(first).sums;
+        chunk.add_values(&weights, depth, rows, first == 0, sums);
     }
 }
 
+/// `[16 rows][keys of a chunk]`
 #[repr(C, align(64))]
 pub(super) struct Scores(pub(super) [[f32; CHUNK]; TILE_ROWS]);
 
 /// bf16
 #[repr(C, align(64))]
 pub(super) struct Weights(pub(super) [[u16; CHUNK]; TILE_ROWS]);
-
-/// Turns a row's scores of one chunk into unnormalised weights (0 outside of `seen`) and rescales what came before.
-///
-/// # Safety
-/// `sums` is whole vectors; the instruction set of `S`.
-#[inline(always)]
-unsafe fn soften<S: Simd>(
-    scores: &mut [f32; CHUNK],
-    seen: std::ops::Range<usize>,
-    (params, scales): (&AttnParams, Option<Scales<'_>>),
-    (row_max, row_sum): (&mut f32, &mut f32),
-    weights: &mut [u16; CHUNK],
-    sums: &mut [f32],
-) {
-    if seen.is_empty() {
-        return;
-    }
-    // SAFETY: scores, weights and scales are CHUNK long, `sums` whole vectors; the instruction set is given.
-    unsafe {
-        let scale = S::splat(params.scale);
-        for i in (0..CHUNK).step_by(LANES) {
-            let mut score = S::load(scores.as_ptr().add(i));
-            if let Some((key_scales, _)) = scales {
-                score = S::mul(score, S::load(key_scales.as_ptr().add(i)));
-            }
-            S::store(scores.as_mut_ptr().add(i), S::mul(score, scale));
-        }
-        if let Some(cap) = params.softcap {
-            for score in &mut scores[seen.clone()] {
-                *score = cap * (*score / cap).tanh();
-            }
-        }
-        scores[..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..].fill(f32::NEG_INFINITY);
-        let mut max = S::load(scores.as_ptr());
-        for i in (LANES..CHUNK).step_by(LANES) {
-            max = S::max(max, S::load(scores.as_ptr().add(i)));
-        }
-        let max = S::max_lane(max).max(*row_max);
-        if *row_max != max && *row_sum > 0.0 {
-            let factor = S::to_array(S::exp(S::splat(*row_max - max)))[0];
-            *row_sum *= factor;
-            for i in (0..sums.len()).step_by(LANES) {
-                let p = sums.as_mut_ptr().add(i);
-                S::store(p, S::mul(S::load(p), S::splat(factor)));
-            }
-        }
-        *row_max = max;
-        let mut total = S::splat(0.0);
-        for i in (0..CHUNK).step_by(LANES) {
-            let weight = S::exp(S::sub(S::load(scores.as_ptr().add(i)), S::splat(max)));
-            let p = weights.as_mut_ptr().add(i);
-            match scales {
-                // What is rounded here is a weight times a scale, which says little about the weight.
-                Some((_, value_scales)) => {
-                    S::store_bf16(p, S::mul(weight, S::load(value_scales.as_ptr().add(i))));
-                    total = S::add(total, weight);
-                }
-                None => {
-                    S::store_bf16(p, weight);
-                    total = S::add(total, S::load_bf16(p));
-                }
-            }
-        }
-        *row_sum += S::sum(total);
-    }
-}

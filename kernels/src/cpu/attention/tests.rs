@@ -3,6 +3,7 @@
 
 use super::super::amx::tests::{bits, numbers, use_tiles};
 use super::super::halves::scale_to;
+use super::super::kv::Layout;
 use super::super::{Isa, KvStore, Rows, isa, written};
 use super::compute;
 use crate::KvDtype;
@@ -12,6 +13,8 @@ use crate::ops::{AttnParams, PagedMeta};
 enum Unit {
     Tiles,
     Dots,
+    /// Over a cache in pairs.
+    InCache,
     Halves,
 }
 
@@ -19,9 +22,13 @@ impl Unit {
     /// Whether it may be used here.
     fn prepare(self) -> bool {
         match self {
+            _ if !is_x86_feature_detected!("avx512f") => {
+                eprintln!("this processor has no AVX-512: nothing to test");
+                return false;
+            }
             Self::Tiles => use_tiles(),
-            Self::Dots if is_x86_feature_detected!("avx512bf16") => {}
-            Self::Dots => {
+            Self::Dots | Self::InCache if is_x86_feature_detected!("avx512bf16") => {}
+            Self::Dots | Self::InCache => {
                 eprintln!("this processor has no dot products of bf16: nothing to test");
                 return false;
             }
@@ -65,7 +72,7 @@ fn rounded(x: &[f32], shape: &Shape) -> Vec<f32> {
             };
             x.chunks_exact(shape.dim).flat_map(round).collect()
         }
-        (Unit::Tiles | Unit::Dots, KvDtype::Bf16) => {
+        (Unit::Tiles | Unit::Dots | Unit::InCache, KvDtype::Bf16) => {
             x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect()
         }
         _ => {
@@ -91,8 +98,12 @@ impl Step {
         let num_slots = num_blocks * block_size;
         let width = kv_heads * dim;
         let (k, v) = (numbers(21, num_slots * width), numbers(22, num_slots * width));
-        let halves = unit == Unit::Halves;
-        let mut store = KvStore::with(num_slots, (kv_heads, dim), dtype, halves).expect("fits");
+        let layout = match unit {
+            Unit::Halves => Layout::Halves,
+            Unit::InCache => Layout::Pairs,
+            Unit::Tiles | Unit::Dots => Layout::Plain,
+        };
+        let mut store = KvStore::with(num_slots, (kv_heads, dim), dtype, layout).expect("fits");
         let slots: Vec<u32> = (0..num_slots as u32).collect();
         let rows = |x| Rows::new(x, num_slots, width, width).expect("a matrix");
         store.store(rows(&k), rows(&v), &slots);
@@ -121,7 +132,7 @@ impl Step {
             written(tokens.len() * width, |y| {
                 let unit = match self.shape.unit {
                     Unit::Tiles => super::Unit::Tiles,
-                    Unit::Dots => super::Unit::Dots,
+                    Unit::Dots | Unit::InCache => super::Unit::Dots,
                     Unit::Halves => super::Unit::Vectors,
                 };
                 compute(q, &self.store, meta, params, unit, y);
@@ -224,6 +235,31 @@ fn attention_by_dot_products_equals_the_formula() {
 }
 
 #[test]
+fn attention_over_pairs_equals_the_formula() {
+    equals_the_formula(Unit::InCache, &[(16, KvDtype::Bf16), (3, KvDtype::Bf16)], (0.02, 0.002));
+}
+
+/// Pairs in the cache are those that would be made for each chunk.
+#[test]
+fn where_pairs_are_made_changes_no_bit() {
+    if !Unit::InCache.prepare() {
+        return;
+    }
+    for (block_size, dim) in [(16, 64), (3, 64), (32, 32), (24, 96), (16, 128)] {
+        let step = |unit| {
+            let shape = Shape { unit, heads: 6, kv_heads: 2, dim, block_size, dtype: KvDtype::Bf16 };
+            Step::new(shape, LENS)
+        };
+        let (made, cached) = (step(Unit::Dots), step(Unit::InCache));
+        for params in params() {
+            let all = 0..made.meta.num_tokens();
+            let made = made.attend(all.clone(), &made.meta, &params);
+            assert_eq!(bits(&cached.attend(all, &cached.meta, &params)), bits(&made), "{block_size}, {dim}");
+        }
+    }
+}
+
+#[test]
 fn attention_by_16_bit_floats_equals_the_formula() {
     // Sums lose a few times 2^-11 of what they are made of.
     equals_the_formula(
@@ -271,6 +307,8 @@ fn nothing_depends_on_batch_or_chunks() {
         (Unit::Dots, KvDtype::Bf16, 16),
         (Unit::Dots, KvDtype::Bf16, 3),
         (Unit::Dots, KvDtype::Int8, 16),
+        (Unit::InCache, KvDtype::Bf16, 16),
+        (Unit::InCache, KvDtype::Bf16, 3),
         (Unit::Halves, KvDtype::Bf16, 16),
         (Unit::Halves, KvDtype::F16, 3),
     ];
@@ -278,7 +316,8 @@ fn nothing_depends_on_batch_or_chunks() {
         if !unit.prepare() {
             continue;
         }
-        let step = Step::new(Shape { unit, heads: 6, kv_heads: 2, dim: 40, block_size, dtype }, LENS);
+        let dim = if unit == Unit::InCache { 96 } else { 40 };
+        let step = Step::new(Shape { unit, heads: 6, kv_heads: 2, dim, block_size, dtype }, LENS);
         for params in params() {
             let together = step.attend(0..step.meta.num_tokens(), &step.meta, &params);
             // One by one as in decoding, and in chunks of a prefill.
@@ -298,20 +337,22 @@ fn nothing_depends_on_batch_or_chunks() {
 
 #[test]
 fn what_lies_behind_a_sequence_is_not_read() {
-    for unit in [Unit::Tiles, Unit::Dots, Unit::Halves] {
+    for unit in [Unit::Tiles, Unit::Dots, Unit::InCache, Unit::Halves] {
         if !unit.prepare() {
             continue;
         }
-        let shape = Shape { unit, heads: 2, kv_heads: 1, dim: 16, block_size: 16, dtype: KvDtype::Bf16 };
-        let mut step = Step::new(shape, &[(0, 20)]);
-        let [params, ..] = params();
-        let wanted = step.attend(0..20, &step.meta, &params);
-        let slots: Vec<u32> = (20..32).map(|key| step.meta.slot(0, key) as u32).collect();
-        for bad in [f32::NAN, f32::INFINITY] {
-            let bad = vec![bad; slots.len() * 16];
-            let rows = Rows::new(&bad, slots.len(), 16, 16).expect("a matrix");
-            step.store.store(rows, rows, &slots);
-            assert_eq!(bits(&step.attend(0..20, &step.meta, &params)), bits(&wanted));
+        for len in [20, 21] {
+            let shape = Shape { unit, heads: 2, kv_heads: 1, dim: 32, block_size: 16, dtype: KvDtype::Bf16 };
+            let mut step = Step::new(shape, &[(0, len)]);
+            let [params, ..] = params();
+            let wanted = step.attend(0..len, &step.meta, &params);
+            let slots: Vec<u32> = (len..32).map(|key| step.meta.slot(0, key) as u32).collect();
+            for bad in [f32::NAN, f32::INFINITY] {
+                let bad = vec![bad; slots.len() * 32];
+                let rows = Rows::new(&bad, slots.len(), 32, 32).expect("a matrix");
+                step.store.store(rows, rows, &slots);
+                assert_eq!(bits(&step.attend(0..len, &step.meta, &params)), bits(&wanted));
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The keys and values of a chunk: where they are and how they are read.
 
-use super::{Job, Piece, TILES};
+use super::{CHUNK, Job, Piece, TILES};
 use crate::cpu::simd::{LANES, Simd};
 
 /// How a cached element is read.
@@ -102,6 +102,20 @@ impl Ahead {
     /// The values of `tiles`.
     pub(super) fn values<T>(tiles: &Tiles<T>, padded: usize) -> Self {
         Self { tiles: tiles.map(|tile| tile.1.cast()), lines: padded * LANES * size_of::<T>() / Self::LINE }
+    }
+
+    /// The keys of the chunk at `start` of those below `end`, if there is one and it lies in place.
+    pub(super) fn next_keys<T>(
+        job: &Job<'_>,
+        piece: Piece,
+        (start, end): (usize, usize),
+        (k, v): (&[T], &[T]),
+    ) -> Self {
+        if start >= end || !job.in_place() {
+            return Self::nothing();
+        }
+        let num_keys = CHUNK.min(end - start);
+        Self::keys(&in_place(job, piece, (start, num_keys), k, v), job.store.head_dim)
     }
 
     /// Asks for line `idx` of each tile, if there are as many.
