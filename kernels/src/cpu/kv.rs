@@ -1,7 +1,7 @@
 //! Keys and values of one layer in CPU memory.
 
 use super::buffer::AlignedBuf;
-use super::quant_gemm::round_to_bytes;
+use super::rounding::round_to_bytes;
 use super::simd::LANES;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Simd;

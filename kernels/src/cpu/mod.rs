@@ -37,6 +37,7 @@ mod pool;
 pub mod probe;
 mod quant;
 mod quant_gemm;
+mod rounding;
 pub(crate) mod row_blocks;
 mod self_attention;
 mod simd;

@@ -8,10 +8,11 @@
 
 use super::dot::{Dot, STEP_BYTES};
 use super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
+use super::rounding::round_but_largest;
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, amx::bytes, isa};
-use super::{OutPtr, Rows, Unwritten, dispatch, dispatch_dot, pool, store_outputs};
+use super::{OutPtr, Rows, Unwritten, dispatch_dot, pool, store_outputs};
 
 /// Panels that one group of accumulators spans at most.
 const PANEL_GROUP: usize = 8;
@@ -119,117 +120,6 @@ impl RoundedRows {
             pool::run(num_rows, row);
         }
         Self { num_rows, codes, scales, starts, totals, largest }
-    }
-}
-
-/// As [`round_to_bytes`], all but the largest element, which becomes zero; returns its column and value.
-fn round_but_largest(row: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) -> (u32, f32) {
-    let column = dispatch!(largest_column(row) -> usize, [row: &[f32]]);
-    round_to_bytes(row, GROUP, codes, scales, sums);
-    let value = row.get(column).copied().unwrap_or(0.0);
-    let idx = column / GROUP;
-    // Its group once more without it. Where something is not finite all scales are NaN, and stay so.
-    if value != 0.0 && !scales[idx].is_nan() {
-        let end = ((idx + 1) * GROUP).min(row.len());
-        let mut rest = [0.0_f32; GROUP];
-        let rest = &mut rest[..end - idx * GROUP];
-        rest.copy_from_slice(&row[idx * GROUP..end]);
-        rest[column - idx * GROUP] = 0.0;
-        let codes = &mut codes[idx * GROUP..end];
-        round_to_bytes(rest, GROUP, codes, &mut scales[idx..=idx], &mut sums[idx..=idx]);
-    }
-    (column as u32, value)
-}
-
-/// The first column with the largest magnitude; some column if one is NaN.
-///
-/// # Safety
-/// The instruction set of `S`.
-#[inline(always)]
-unsafe fn largest_column<S: Simd>(row: &[f32]) -> usize {
-    let (vectors, tail) = row.as_chunks::<LANES>();
-    let magnitude = |x: f32| x.abs();
-    // SAFETY: vectors have sixteen elements; the instruction set is given.
-    let largest = unsafe {
-        let mut largest = S::splat(0.0);
-        for x in vectors {
-            let v = S::load(x.as_ptr());
-            largest = S::max(largest, S::max(v, S::sub(S::splat(0.0), v)));
-        }
-        tail.iter().fold(S::max_lane(largest), |max, x| max.max(magnitude(*x)))
-    };
-    let found = vectors.iter().position(|x| x.iter().fold(false, |any, x| any | (magnitude(*x) == largest)));
-    let first = found.map_or(row.len() - tail.len(), |idx| idx * LANES);
-    let place = row[first..].iter().position(|x| magnitude(*x) == largest);
-    place.map_or(0, |place| first + place)
-}
-
-/// Rounds a row to `-127..=127` steps of a scale for each `group` elements; also gives the sum of each group's codes.
-/// Where an element is not finite the scales are NaN, so that whatever is computed from the row says so.
-pub(super) fn round_to_bytes(
-    row: &[f32],
-    group: usize,
-    codes: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [i32],
-) {
-    dispatch!(
-        round_kernel(row, group, codes, scales, sums) -> (),
-        [row: &[f32], group: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]]
-    );
-}
-
-/// # Safety
-/// The instruction set of `S`.
-#[inline(always)]
-unsafe fn round_kernel<S: Simd>(
-    row: &[f32],
-    group: usize,
-    codes: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [i32],
-) {
-    // SAFETY: every pointer is followed by sixteen elements of its slice; the instruction set is given.
-    unsafe {
-        // Stays zero unless something is not finite.
-        let mut trap = S::splat(0.0);
-        let mut tail_trap = 0.0_f32;
-        let groups = row.chunks(group).zip(codes.chunks_mut(group)).zip(&mut *scales).zip(sums);
-        for (((values, codes), scale), sum) in groups {
-            let whole = values.len() / LANES * LANES;
-            let mut largest = S::splat(0.0);
-            for i in (0..whole).step_by(LANES) {
-                let v = S::load(values.as_ptr().add(i));
-                largest = S::max(largest, S::max(v, S::sub(S::splat(0.0), v)));
-                trap = S::fma(v, S::splat(0.0), trap);
-            }
-            let mut largest = S::max_lane(largest);
-            for v in &values[whole..] {
-                largest = largest.max(v.abs());
-                tail_trap += v * 0.0;
-            }
-            // So small a group counts as zeros: its inverse would be infinite.
-            let inverse = if largest < f32::MIN_POSITIVE * 256.0 { 0.0 } else { 127.0 / largest };
-            *scale = if inverse == 0.0 { 0.0 } else { largest / 127.0 };
-            // Whole numbers far below 2^24: exact as f32 in any order.
-            let mut total = S::splat(0.0);
-            for i in (0..whole).step_by(LANES) {
-                let v = S::round(S::mul(S::load(values.as_ptr().add(i)), S::splat(inverse)));
-                S::store_i8(codes.as_mut_ptr().add(i), v);
-                total = S::add(total, v);
-            }
-            let mut total = S::sum(total);
-            for (code, v) in codes[whole..values.len()].iter_mut().zip(&values[whole..]) {
-                let rounded = (v * inverse).round_ties_even();
-                *code = rounded as i8;
-                total += rounded;
-            }
-            *sum = total as i32;
-        }
-        // NaN is not zero, either.
-        if S::sum(trap) + tail_trap != 0.0 {
-            scales.fill(f32::NAN);
-        }
     }
 }
 
