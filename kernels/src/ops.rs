@@ -155,6 +155,18 @@ impl RopeTables {
         Ok(Self { cos, sin, by_position: false })
     }
 
+    /// Whether these are tables of so many tokens, for heads of `dim`.
+    fn check(&self, tokens: usize, dim: usize) -> Result<()> {
+        let (rows, half) = self.cos.dims2()?;
+        if rows != tokens || 2 * half > dim || self.sin.dims() != self.cos.dims() || self.by_position {
+            return Err(argument(
+                "rope",
+                format!("tables [{rows}, {half}] for {tokens} tokens of width {dim}"),
+            ));
+        }
+        Ok(())
+    }
+
     /// Those of the tokens of a step out of tables of all positions.
     ///
     /// # Errors
@@ -339,10 +351,8 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// If the tables are of another number of tokens.
 pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
     let (tokens, heads, dim) = x.dims3()?;
-    let (rows, half) = tables.cos.dims2()?;
-    if rows != tokens || 2 * half > dim || tables.sin.dims() != tables.cos.dims() || tables.by_position {
-        return Err(argument("rope", format!("tables [{rows}, {half}] for {tokens} tokens of width {dim}")));
-    }
+    tables.check(tokens, dim)?;
+    let half = tables.cos.dim(1)?;
     #[cfg(feature = "cuda")]
     {
         let params = RotateParams { norms: None, eps: 0.0, tables: Some(tables) };
@@ -363,6 +373,17 @@ pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
 /// # Errors
 /// If the shapes do not fit or a slot is outside of the layer.
 pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -> Result<()> {
+    store_rotated(layer, k, v, meta, None)
+}
+
+/// As [`store_kv`]; keys are rotated on their way if there are tables, of these tokens.
+fn store_rotated(
+    layer: &mut KvLayer,
+    k: &Tensor,
+    v: &Tensor,
+    meta: &PagedMeta,
+    tables: Option<&RopeTables>,
+) -> Result<()> {
     let (tokens, heads, dim) = k.dims3()?;
     let (slots, cache_heads, cache_dim) = layer.dims()?;
     if tokens != meta.slot_mapping.len() || (heads, dim) != (cache_heads, cache_dim) || v.dims() != k.dims() {
@@ -376,13 +397,27 @@ pub fn store_kv(layer: &mut KvLayer, k: &Tensor, v: &Tensor, meta: &PagedMeta) -
     if let Some(slot) = meta.slot_mapping.iter().find(|slot| !stored(slot)) {
         return Err(argument("store_kv", format!("slot {slot} of {slots}")));
     }
-    let KvStorage::Cpu(store) = &mut layer.0 else {
-        #[cfg(feature = "cuda")]
-        crate::cuda::step::refuse_while_recording("store_kv")?;
-        return reference::store_kv(layer, k, v, meta);
+    let store = match &mut layer.0 {
+        // Keys of other types are rotated in their own.
+        KvStorage::Cpu(store) if tables.is_none() || on_cpu_f32(k) => store,
+        _ => {
+            if let Some(tables) = tables {
+                return store_kv(layer, &rope(k, tables)?, v, meta);
+            }
+            #[cfg(feature = "cuda")]
+            crate::cuda::step::refuse_while_recording("store_kv")?;
+            return reference::store_kv(layer, k, v, meta);
+        }
     };
     let (k, v) = (View::new(k, heads * dim)?, View::new(v, heads * dim)?);
-    k.read(|k| v.read(|v| store.store(k, v, &meta.slot_mapping)))?
+    let mut store = |rotation: Option<(Rows<'_>, Rows<'_>)>| {
+        k.read(|k| v.read(|v| store.store(&cpu::NewRows { k, v, slots: &meta.slot_mapping, rotation })))?
+    };
+    let Some(tables) = tables else { return store(None) };
+    tables.check(tokens, dim)?;
+    let half = tables.cos.dim(1)?;
+    let (cos, sin) = (View::new(&tables.cos, half)?, View::new(&tables.sin, half)?);
+    cos.read(|cos| sin.read(|sin| store(Some((cos, sin)))))??
 }
 
 /// What happens to queries and keys before they meet.
@@ -419,14 +454,14 @@ pub fn rotate_store(
         q = rms_norm_heads(&q, q_norm, params.eps)?;
         k = rms_norm_heads(&k, k_norm, params.eps)?;
     }
-    if let Some(tables) = params.tables {
-        let of_tokens = tables.by_position.then(|| tables.of_tokens(&meta.positions)).transpose()?;
-        let tables = of_tokens.as_ref().unwrap_or(tables);
-        q = rope(&q, tables)?;
-        k = rope(&k, tables)?;
-    }
-    store_kv(layer, &k, v, meta)?;
-    Ok(q)
+    let Some(tables) = params.tables else {
+        store_kv(layer, &k, v, meta)?;
+        return Ok(q);
+    };
+    let of_tokens = tables.by_position.then(|| tables.of_tokens(&meta.positions)).transpose()?;
+    let tables = of_tokens.as_ref().unwrap_or(tables);
+    store_rotated(layer, &k, v, meta, Some(tables))?;
+    rope(&q, tables)
 }
 
 fn rms_norm_heads(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {

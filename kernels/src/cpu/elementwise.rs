@@ -202,32 +202,46 @@ unsafe fn rope_rows<S: Simd>(
     first: usize,
     end: usize,
 ) {
-    let half = cos.width;
-    let vectors = half / LANES * LANES;
     for row in first..end {
         let (cos, sin) = (cos.row(row), sin.row(row));
         // SAFETY: rows are disjoint parts of the output, which has `width` elements for each.
         let y_row = unsafe { out.slice(row * x.width, x.width) };
         for (x, y) in x.row(row).chunks_exact(head_dim).zip(y_row.chunks_exact_mut(head_dim)) {
-            let (a, rest) = x.split_at(half);
-            let (b, pass) = rest.split_at(half);
-            let (first, rest) = y.split_at_mut(half);
-            let (second, passed) = rest.split_at_mut(half);
-            passed.copy_from_slice(pass);
-            for i in (0..vectors).step_by(LANES) {
-                // SAFETY: whole vectors of halves; the instruction set is given.
-                unsafe {
-                    let (a, b) = (S::load(a.as_ptr().add(i)), S::load(b.as_ptr().add(i)));
-                    let (cos, sin) = (S::load(cos.as_ptr().add(i)), S::load(sin.as_ptr().add(i)));
-                    S::store(first.as_mut_ptr().add(i), S::sub(S::mul(a, cos), S::mul(b, sin)));
-                    S::store(second.as_mut_ptr().add(i), S::add(S::mul(b, cos), S::mul(a, sin)));
-                }
-            }
-            for i in vectors..half {
-                first[i] = a[i] * cos[i] - b[i] * sin[i];
-                second[i] = b[i] * cos[i] + a[i] * sin[i];
-            }
+            // SAFETY: the instruction set is given.
+            unsafe { rotate::<S>(x, (cos, sin), y) };
         }
+    }
+}
+
+/// One head of [`rope`].
+pub(super) fn rotate_head(x: &[f32], tables: (&[f32], &[f32]), y: &mut [f32]) {
+    dispatch!(rotate(x, tables, y) -> (), [x: &[f32], tables: (&[f32], &[f32]), y: &mut [f32]]);
+}
+
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn rotate<S: Simd>(x: &[f32], (cos, sin): (&[f32], &[f32]), y: &mut [f32]) {
+    let half = cos.len();
+    let vectors = half / LANES * LANES;
+    let (a, rest) = x.split_at(half);
+    let (b, pass) = rest.split_at(half);
+    let (first, rest) = y.split_at_mut(half);
+    let (second, passed) = rest.split_at_mut(half);
+    assert!(sin.len() == half, "table sizes");
+    passed.copy_from_slice(pass);
+    for i in (0..vectors).step_by(LANES) {
+        // SAFETY: whole vectors of halves; the instruction set is given.
+        unsafe {
+            let (a, b) = (S::load(a.as_ptr().add(i)), S::load(b.as_ptr().add(i)));
+            let (cos, sin) = (S::load(cos.as_ptr().add(i)), S::load(sin.as_ptr().add(i)));
+            S::store(first.as_mut_ptr().add(i), S::sub(S::mul(a, cos), S::mul(b, sin)));
+            S::store(second.as_mut_ptr().add(i), S::add(S::mul(b, cos), S::mul(a, sin)));
+        }
+    }
+    for i in vectors..half {
+        first[i] = a[i] * cos[i] - b[i] * sin[i];
+        second[i] = b[i] * cos[i] + a[i] * sin[i];
     }
 }
 

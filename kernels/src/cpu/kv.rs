@@ -1,6 +1,7 @@
 //! Keys and values of one layer in CPU memory.
 
 use super::buffer::AlignedBuf;
+use super::elementwise::rotate_head;
 use super::rounding::round_to_bytes;
 use super::simd::LANES;
 #[cfg(target_arch = "x86_64")]
@@ -183,10 +184,9 @@ impl KvStore {
         (self.num_kv_heads, self.head_dim)
     }
 
-    /// Stores the key and value rows `[num_tokens, num_kv_heads * head_dim]` into `slots`, all below `num_slots`.
-    pub(crate) fn store(&mut self, k: Rows<'_>, v: Rows<'_>, slots: &[u32]) {
+    /// Stores the key and value rows into their slots.
+    pub(crate) fn store(&mut self, rows: &NewRows<'_>) {
         let shape = (self.num_kv_heads, self.head_dim, self.padded_dim);
-        let rows = (k, v, slots);
         match &mut self.data {
             KvData::F32 { k, v } => scatter(rows, shape, (k, v), |x, out, _| out.copy_from_slice(x)),
             KvData::Bf16 { k, v } => scatter(rows, shape, (k, v), |x, out, _| {
@@ -221,96 +221,111 @@ impl KvStore {
     }
 }
 
+/// Keys and values of new tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct NewRows<'a> {
+    /// `[num_tokens, num_kv_heads * head_dim]`
+    pub(crate) k: Rows<'a>,
+    pub(crate) v: Rows<'a>,
+    /// `[num_tokens]`, all below the number of slots.
+    pub(crate) slots: &'a [u32],
+    /// Cosines and sines that the keys are rotated by on their way, as [`super::rope`] does; `None`: they are as they shall be.
+    pub(crate) rotation: Option<(Rows<'a>, Rows<'a>)>,
+}
+
 #[derive(Clone, Copy)]
 enum Side {
     Keys,
     Values,
 }
 
+impl NewRows<'_> {
+    /// Calls `store(side, head, slot, numbers)` for each side of each head of each token, all tokens of a side and head in one piece
+    /// of a parallel region: whatever the slots are, such pieces share no memory.
+    fn for_each(&self, (heads, dim): (usize, usize), store: impl Fn(Side, usize, usize, &[f32]) + Sync) {
+        let piece = |idx: usize| {
+            let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
+            let mut rotated = vec![0.0; dim];
+            for (token, slot) in self.slots.iter().enumerate() {
+                let rows = if matches!(side, Side::Keys) { self.k } else { self.v };
+                let mut numbers = &rows.row(token)[head * dim..][..dim];
+                if let (Side::Keys, Some((cos, sin))) = (side, self.rotation) {
+                    rotate_head(numbers, (cos.row(token), sin.row(token)), &mut rotated);
+                    numbers = &rotated;
+                }
+                store(side, head, *slot as usize, numbers);
+            }
+        };
+        if self.slots.len() * heads * dim < PARALLEL_ELEMENTS {
+            (0..2 * heads).for_each(piece);
+        } else {
+            pool::run(2 * heads, piece);
+        }
+    }
+}
+
 /// Brings rows into tiles. `convert` gets a head of a row, its place, and what and where it is: `[tile][kv head][16 slots]`.
 fn scatter<T: Copy + Default + Send>(
-    (k, v, slots): (Rows<'_>, Rows<'_>, &[u32]),
+    rows: &NewRows<'_>,
     (heads, dim, padded): (usize, usize, usize),
     (k_out, v_out): (&mut [T], &mut [T]),
     convert: impl Fn(&[f32], &mut [T], (Side, usize)) + Sync,
 ) {
     let (k_out, v_out) = (OutPtr(k_out.as_mut_ptr()), OutPtr(v_out.as_mut_ptr()));
-    // One side of one head: whatever the slots are, the pieces share no memory.
-    let piece = |idx: usize| {
-        let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
-        let mut key = vec![T::default(); dim];
-        for (token, slot) in slots.iter().enumerate() {
-            let row = *slot as usize / LANES * heads + head;
-            let lane = *slot as usize % LANES;
-            let place = (side, row * LANES + lane);
-            match side {
-                Side::Keys => {
-                    convert(&k.row(token)[head * dim..][..dim], &mut key, place);
-                    // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
-                    let tile = unsafe { k_out.slice(row * dim * LANES, dim * LANES) };
-                    for (out, x) in tile.iter_mut().skip(lane).step_by(LANES).zip(&key) {
-                        *out = *x;
-                    }
-                }
-                Side::Values => {
-                    // SAFETY: as above.
-                    let out = unsafe { v_out.slice((row * LANES + lane) * padded, dim) };
-                    convert(&v.row(token)[head * dim..][..dim], out, place);
+    rows.for_each((heads, dim), |side, head, slot, numbers| {
+        let (row, lane) = (slot / LANES * heads + head, slot % LANES);
+        let place = (side, row * LANES + lane);
+        match side {
+            Side::Keys => {
+                let mut key = vec![T::default(); dim];
+                convert(numbers, &mut key, place);
+                // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
+                let tile = unsafe { k_out.slice(row * dim * LANES, dim * LANES) };
+                for (out, x) in tile.iter_mut().skip(lane).step_by(LANES).zip(&key) {
+                    *out = *x;
                 }
             }
+            Side::Values => {
+                // SAFETY: as above.
+                let out = unsafe { v_out.slice((row * LANES + lane) * padded, dim) };
+                convert(numbers, out, place);
+            }
         }
-    };
-    if slots.len() * heads * dim < PARALLEL_ELEMENTS {
-        (0..2 * heads).for_each(piece);
-    } else {
-        pool::run(2 * heads, piece);
-    }
+    });
 }
 
 /// Brings rows into tiles of pairs, as bf16.
 #[cfg(target_arch = "x86_64")]
 fn scatter_pairs(
-    (k, v, slots): (Rows<'_>, Rows<'_>, &[u32]),
+    rows: &NewRows<'_>,
     (heads, dim, _): (usize, usize, usize),
     (k_out, v_out): (&mut [u16], &mut [u16]),
 ) {
     let (k_out, v_out) = (OutPtr(k_out.as_mut_ptr()), OutPtr(v_out.as_mut_ptr()));
-    // As in `scatter`.
-    let piece = |idx: usize| {
-        let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
+    rows.for_each((heads, dim), |side, head, slot, numbers| {
+        let (at, lane) = ((slot / LANES * heads + head) * dim * LANES, slot % LANES);
         let mut rounded = vec![0_u16; dim];
-        for (token, slot) in slots.iter().enumerate() {
-            let at = (*slot as usize / LANES * heads + head) * dim * LANES;
-            let lane = *slot as usize % LANES;
-            let rows = if matches!(side, Side::Keys) { k } else { v };
-            let row = &rows.row(token)[head * dim..][..dim];
-            let out: &mut [u16] = &mut rounded;
-            dispatch!(round_to_bf16(row, out) -> (), [row: &[f32], out: &mut [u16]]);
-            match side {
-                Side::Keys => {
-                    // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
-                    let tile = unsafe { k_out.slice(at, dim * LANES) };
-                    let pairs = tile.chunks_exact_mut(2).skip(lane).step_by(LANES);
-                    for (out, pair) in pairs.zip(rounded.chunks_exact(2)) {
-                        out.copy_from_slice(pair);
-                    }
+        let out: &mut [u16] = &mut rounded;
+        dispatch!(round_to_bf16(numbers, out) -> (), [numbers: &[f32], out: &mut [u16]]);
+        match side {
+            Side::Keys => {
+                // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
+                let tile = unsafe { k_out.slice(at, dim * LANES) };
+                let pairs = tile.chunks_exact_mut(2).skip(lane).step_by(LANES);
+                for (out, pair) in pairs.zip(rounded.chunks_exact(2)) {
+                    out.copy_from_slice(pair);
                 }
-                Side::Values => {
-                    // SAFETY: as above.
-                    let tile = unsafe { v_out.slice(at, LANES * dim) };
-                    let row = &mut tile[lane / 2 * 2 * dim..][..2 * dim];
-                    for (out, x) in row.iter_mut().skip(lane % 2).step_by(2).zip(&rounded) {
-                        *out = *x;
-                    }
+            }
+            Side::Values => {
+                // SAFETY: as above.
+                let tile = unsafe { v_out.slice(at, LANES * dim) };
+                let row = &mut tile[lane / 2 * 2 * dim..][..2 * dim];
+                for (out, x) in row.iter_mut().skip(lane % 2).step_by(2).zip(&rounded) {
+                    *out = *x;
                 }
             }
         }
-    };
-    if slots.len() * heads * dim < PARALLEL_ELEMENTS {
-        (0..2 * heads).for_each(piece);
-    } else {
-        pool::run(2 * heads, piece);
-    }
+    });
 }
 
 /// # Safety

@@ -46,7 +46,7 @@ pub(crate) use attention::paged_attention;
 pub(crate) use elementwise::{activate, add, add_rms_norm, gated_activation, rms_norm, rope};
 pub(crate) use gemm::matmul;
 pub use isa::{Isa, isa};
-pub(crate) use kv::{KvStore, head_bytes};
+pub(crate) use kv::{KvStore, NewRows, head_bytes};
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matrix::PackedMatrix;
 pub use memory::keep_freed_memory;

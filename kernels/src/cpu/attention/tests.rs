@@ -4,7 +4,7 @@
 use super::super::amx::tests::{bits, numbers, use_tiles};
 use super::super::halves::scale_to;
 use super::super::kv::Layout;
-use super::super::{Isa, KvStore, Rows, isa, written};
+use super::super::{Isa, KvStore, NewRows, Rows, isa, written};
 use super::compute;
 use crate::KvDtype;
 use crate::ops::{AttnParams, PagedMeta};
@@ -106,7 +106,7 @@ impl Step {
         let mut store = KvStore::with(num_slots, (kv_heads, dim), dtype, layout).expect("fits");
         let slots: Vec<u32> = (0..num_slots as u32).collect();
         let rows = |x| Rows::new(x, num_slots, width, width).expect("a matrix");
-        store.store(rows(&k), rows(&v), &slots);
+        store.store(&NewRows { k: rows(&k), v: rows(&v), slots: &slots, rotation: None });
         let mut meta =
             PagedMeta { block_size, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
         for &(past, new) in lens {
@@ -350,7 +350,7 @@ fn what_lies_behind_a_sequence_is_not_read() {
             for bad in [f32::NAN, f32::INFINITY] {
                 let bad = vec![bad; slots.len() * 32];
                 let rows = Rows::new(&bad, slots.len(), 32, 32).expect("a matrix");
-                step.store.store(rows, rows, &slots);
+                step.store.store(&NewRows { k: rows, v: rows, slots: &slots, rotation: None });
                 assert_eq!(bits(&step.attend(0..len, &step.meta, &params)), bits(&wanted));
             }
         }
@@ -376,7 +376,7 @@ fn scales_keep_numbers_of_any_size() {
     let slots: Vec<u32> = (0..step.k.len() as u32 / 128).collect();
     let (k, v) = (step.k.clone(), step.v.clone());
     let rows = |x| Rows::new(x, slots.len(), 128, 128).expect("a matrix");
-    step.store.store(rows(&k), rows(&v), &slots);
+    step.store.store(&NewRows { k: rows(&k), v: rows(&v), slots: &slots, rotation: None });
     let [params, ..] = params();
     let (found, wanted) = (step.attend(0..90, &step.meta, &params), step.formula(&params));
     for (found, wanted) in found.chunks_exact(64).zip(wanted.chunks_exact(64)) {
