@@ -7,7 +7,10 @@
 use candle_core::{DType, Device, Tensor};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use ingle_kernels::ops::{self, Activation, AttnParams, PagedMeta, RelativeBias, SelfAttnParams};
+use ingle_kernels::ops::{
+    self, Activation, AttnParams, PagedMeta, RelativeBias, RopeTables, RotateParams, SampleRow,
+    SelfAttnParams,
+};
 use ingle_kernels::{KvDtype, KvLayer, Quantization, Weight};
 
 fn main() {
@@ -94,6 +97,74 @@ fn paged_attention_bf16(bencher: Bencher<'_, '_>, (seqs, past, new): (usize, usi
 fn rms_norm_576(bencher: Bencher<'_, '_>, tokens: usize) {
     let (x, weight) = (random(&[tokens, 576]), random(&[576]));
     bencher.bench_local(|| ops::rms_norm(&x, &weight, 1e-5).expect("fitting shapes"));
+}
+
+/// A residual connection and the norm after it.
+#[divan::bench(args = [1, 32, 512], sample_count = 50)]
+fn add_rms_norm_576(bencher: Bencher<'_, '_>, tokens: usize) {
+    let (x, part, weight) = (random(&[tokens, 576]), random(&[tokens, 576]), random(&[576]));
+    bencher.bench_local(|| ops::add_rms_norm((&x, &part), 1.0, &weight, 1e-5).expect("fitting shapes"));
+}
+
+/// Rotation of SmolLM2's queries and keys, and the cache taking keys and values.
+#[divan::bench(args = [(1, KvDtype::Bf16), (32, KvDtype::Bf16), (512, KvDtype::Bf16), (512, KvDtype::Int8)], sample_count = 50)]
+fn rotate_store(bencher: Bencher<'_, '_>, (tokens, dtype): (usize, KvDtype)) {
+    let mut layer =
+        KvLayer::new(tokens.next_multiple_of(16), 3, 64, dtype, &CPU).expect("memory for a bench");
+    let meta = PagedMeta {
+        block_size: 16,
+        positions: (0..tokens as u32).collect(),
+        slot_mapping: (0..tokens as u32).collect(),
+        ..PagedMeta::default()
+    };
+    let inv_freq: Vec<f32> = (0..32).map(|i| 10_000_f32.powf(-(i as f32) / 32.0)).collect();
+    let tables = RopeTables::new(&meta.positions, &inv_freq, 1.0, &CPU).expect("tables");
+    let params = RotateParams { norms: None, eps: 1e-5, tables: Some(&tables) };
+    let qkv = random(&[tokens, 15, 64]);
+    let part = |first, heads| qkv.narrow(1, first, heads).expect("a part");
+    let (q, k, v) = (part(0, 9), part(9, 3), part(12, 3));
+    bencher
+        .bench_local(|| ops::rotate_store(&q, (&k, &v), &mut layer, &meta, &params).expect("fitting shapes"));
+}
+
+/// What lies between the attention of two layers of SmolLM2, on blocks of rows and one operation after another.
+#[divan::bench(args = [(512, true), (512, false), (2048, true), (2048, false)], sample_count = 20)]
+fn between_bf16(bencher: Bencher<'_, '_>, (tokens, in_blocks): (usize, bool)) {
+    let weight = |rows, cols| Weight::new(random(&[rows, cols]), DType::BF16, &CPU).expect("a weight");
+    let (o, gate_up, down, qkv) = (weight(576, 576), weight(3072, 576), weight(576, 1536), weight(960, 576));
+    let (x, hidden, norm) = (random(&[tokens, 576]), random(&[tokens, 576]), random(&[576]));
+    let compute = |rows: std::ops::Range<usize>| -> ingle_kernels::Result<[Tensor; 2]> {
+        let (x, hidden) = (x.narrow(0, rows.start, rows.len())?, hidden.narrow(0, rows.start, rows.len())?);
+        let part = ops::linear(&x, &o, None)?;
+        let (hidden, x) = ops::add_rms_norm((&hidden, &part), 1.0, &norm, 1e-5)?;
+        let part = ops::linear(&ops::gated_linear(&x, &gate_up, None, Activation::Silu)?, &down, None)?;
+        let (hidden, x) = ops::add_rms_norm((&hidden, &part), 1.0, &norm, 1e-5)?;
+        Ok([ops::linear(&x, &qkv, None)?, hidden])
+    };
+    let weights = [&o, &gate_up, &down, &qkv];
+    let elements: usize = weights.iter().map(|weight| weight.rows() * weight.cols()).sum();
+    let weight_bytes = if in_blocks { 0 } else { usize::MAX };
+    bencher
+        .counter(ItemsCount::new(2 * elements * tokens))
+        .bench_local(|| ops::in_row_blocks(&x, [960, 576], weight_bytes, compute).expect("fitting shapes"));
+}
+
+/// Rows of SmolLM2's embedding.
+#[divan::bench(args = [1, 32, 512], sample_count = 50)]
+fn embedding_576(bencher: Bencher<'_, '_>, tokens: usize) {
+    let table = Weight::new(random(&[49152, 576]), DType::BF16, &CPU).expect("a weight");
+    let ids: Vec<u32> = (0..tokens as u32).map(|i| i * 7919 % 49152).collect();
+    bencher.bench_local(|| ops::embedding(&ids, &table, DType::F32).expect("known ids"));
+}
+
+/// Tokens out of the logits of so many rows: the likeliest, and one drawn from the likeliest nine tenths.
+#[divan::bench(args = [(1, true), (32, true), (1, false), (32, false)], sample_count = 20)]
+fn sample_49152(bencher: Bencher<'_, '_>, (rows, greedy): (usize, bool)) {
+    let logits = (random(&[rows, 49152]) * 8.0).expect("memory for a bench");
+    let row = SampleRow { top_p: 0.9, uniform: 0.5, ..SampleRow::default() };
+    let row = if greedy { SampleRow::default() } else { SampleRow { temperature: Some(1.0), ..row } };
+    let rows = vec![row; rows];
+    bencher.bench_local(|| ops::sample(&logits, &rows).expect("fitting shapes"));
 }
 
 #[divan::bench(args = [1, 32, 512], sample_count = 50)]

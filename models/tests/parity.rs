@@ -108,6 +108,33 @@ fn every_fixture_over_four_ranks() {
     check_over(4);
 }
 
+/// Steps of so many tokens that threads take blocks of rows, against chunks of too few for that.
+#[test]
+fn long_steps_equal_short_ones() {
+    for (name, _) in FIXTURES.iter().filter(|(_, max_model_len)| max_model_len.is_none()) {
+        let model = load(name, None);
+        let len = 200;
+        let count = 1 + 64 * ingle_kernels::num_threads() / len;
+        let vocab = model.info().vocab_size as u32;
+        let prompts: Vec<Vec<u32>> = (0..count as u32)
+            .map(|seq| (0..len as u32).map(|i| (7 + 31 * seq + 13 * i + i * i) % vocab).collect())
+            .collect();
+        let mut driver = Driver::new(&*model, 16, 2 * count * (len + 16));
+        let mut seqs: Vec<_> = prompts.iter().map(|_| driver.seq()).collect();
+        let mut parts: Vec<_> = seqs.iter_mut().zip(&prompts).map(|(s, p)| (s, p.as_slice())).collect();
+        let long = driver.step(&mut parts, false);
+        for (prompt, want) in prompts.iter().zip(&long) {
+            let mut seq = driver.seq();
+            let mut last = Vec::new();
+            for chunk in prompt.chunks(31) {
+                last = driver.step(&mut [(&mut seq, chunk)], false).remove(0);
+            }
+            let off = distance(&last, want);
+            assert!(off == 0.0, "{name}: a long step is {off} off");
+        }
+    }
+}
+
 fn check(what: &str, name: &str, model: &dyn CausalLm) {
     let prompts = prompts(name);
     assert!(prompts.len() >= 2);
