@@ -176,6 +176,11 @@ pub(crate) fn linear(
     }
 }
 
+/// Kinds of large products that cuBLASLt has refused on `device`, in words.
+pub(crate) fn refused_by_library(device: &Device) -> Vec<String> {
+    device.as_cuda_device().map(lt::refused).unwrap_or_default()
+}
+
 fn product<T: Number>(
     x: &Tensor,
     matrix: Operand<'_>,

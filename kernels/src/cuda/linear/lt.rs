@@ -88,6 +88,15 @@ pub(super) unsafe fn multiply(device: &CudaDevice, product: &Product) -> Result<
     })
 }
 
+/// The first product of each kind that was refused on the device, and why.
+pub(super) fn refused(device: &CudaDevice) -> Vec<String> {
+    LIBRARIES.with_borrow(|libraries| match libraries.get(&device.id()) {
+        Some(Some(library)) => library.refused.iter().map(|(_, what)| what.clone()).collect(),
+        Some(None) => vec!["it does not start".into()],
+        None => Vec::new(),
+    })
+}
+
 fn is_recording(device: &CudaDevice) -> Result<bool> {
     let status = device.cuda_stream().capture_status().w()?;
     Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
@@ -143,8 +152,8 @@ struct Library {
     handle: Handle,
     workspace: CudaSlice<u8>,
     chosen: HashMap<Size, Choice>,
-    /// Operands, and whether they are scaled, that the log was told of.
-    refused: Vec<(Numbers, bool)>,
+    /// Operands, and whether they are scaled, with the first refusal of each, of which the log was told.
+    refused: Vec<((Numbers, bool), String)>,
 }
 
 impl Library {
@@ -206,14 +215,15 @@ impl Library {
 
     fn nothing(&mut self, product: &Product, error: CublasError) -> Choice {
         let kind = (product.operands, product.is_scaled());
-        if !self.refused.contains(&kind) {
-            self.refused.push(kind);
+        if self.refused.iter().all(|(known, _)| *known != kind) {
             let Product { rows, cols, tokens, operands, .. } = product;
-            let scaled = kind.1;
+            let how = if product.is_scaled() { ", scaled" } else { "" };
+            let what = format!("{tokens} by {rows} x {cols}, {operands:?}{how}: {error}");
             tracing::warn!(
-                %error, ?operands, scaled, rows, cols, tokens,
-                "cuBLASLt has no kernel for a product: such ones are computed in another way"
+                product = what,
+                "cuBLASLt has no kernel: such products are computed in another way"
             );
+            self.refused.push((kind, what));
         }
         Choice::Nothing
     }
