@@ -122,6 +122,31 @@ template <class T, int N> __device__ void tiled_fp8(const LinearArgs& a) {
     store_tiles<T, N>(a, acc, group, first_token);
 }
 
+// Sums of codes `[tokens, rows]`, as a library leaves them, as numbers: with the scales of their row and token, and the bias of
+// the row if there is one. `rows` and the rows of `y` begin at multiples of four; a thread has four of a token.
+// grid: rows by 4 * 256, tokens or fewer
+template <class T>
+__device__ void scale_sums(const float* sums, const float* row_scales, const float* token_scales, const T* bias,
+                           unsigned rows, unsigned tokens, float unit, T* y, unsigned y_stride) {
+    unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (row >= rows) return;
+    float scales[4], biases[4];
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+        scales[i] = unit * row_scales[row + i];
+        biases[i] = bias != nullptr ? to_float(bias[row + i]) : 0.0f;
+    }
+    for (unsigned token = blockIdx.y; token < tokens; token += gridDim.y) {
+        Pack<float, 4> of_token = load_pack<4>(sums + static_cast<size_t>(token) * rows + row);
+        Pack<T, 4> scaled;
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            scaled.v[i] = from_float<T>(fmaf(of_token.v[i] * token_scales[token], scales[i], biases[i]));
+        }
+        store_pack<4>(y + static_cast<size_t>(token) * y_stride + row, scaled);
+    }
+}
+
 }  // namespace
 
 #define ROUND_ROWS(type)                                                                                        \
@@ -131,6 +156,14 @@ template <class T, int N> __device__ void tiled_fp8(const LinearArgs& a) {
     }                                                                                                           \
     LAUNCHABLE(round_rows_##type)
 
+#define SCALE_SUMS(type)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256)                                                             \
+        scale_sums_##type(const float* sums, const float* row_scales, const float* token_scales, const type* bias, \
+                          unsigned rows, unsigned tokens, float unit, type* y, unsigned y_stride) {               \
+        scale_sums(sums, row_scales, token_scales, bias, rows, tokens, unit, y, y_stride);                        \
+    }                                                                                                             \
+    LAUNCHABLE(scale_sums_##type)
+
 #define TILED(type, tokens)                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) linear_tiled_##type##_fp8x8_##tokens(const LinearArgs a) {     \
         tiled_fp8<type, tokens>(a);                                                                                  \
@@ -139,6 +172,8 @@ template <class T, int N> __device__ void tiled_fp8(const LinearArgs& a) {
 
 ROUND_ROWS(bf16)
 ROUND_ROWS(f16)
+SCALE_SUMS(bf16)
+SCALE_SUMS(f16)
 TILED(bf16, 4)
 TILED(bf16, 8)
 TILED(f16, 4)

@@ -8,8 +8,9 @@ static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
 /// whole process.
 ///
 /// By default the kernel is chosen by the number of rows: one for up to sixteen, another or a library beyond. Each of our
-/// kernels gives a row the same bits in any company, but the two differ in the last bit, and a library promises nothing. With
-/// this set one kernel computes all; few rows and long prompts then take longer. On the CPU results never depend on company.
+/// kernels gives a row the same bits in any company, but the two differ in the last bit, and a library promises nothing. Beside
+/// fp8 weights the activations of more than sixteen rows may be rounded to fp8 as well. With this set one kernel computes all and
+/// rounds no activations; few rows and long prompts then take longer. On the CPU results never depend on company.
 pub fn set_deterministic(deterministic: bool) {
     DETERMINISTIC.store(deterministic, Ordering::Relaxed);
 }

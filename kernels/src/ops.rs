@@ -230,6 +230,14 @@ fn product_on_cuda<'b>(
     Ok(Some((reference::linear(x, weight, None)?, bias)))
 }
 
+/// Kinds of large products that the library of a GPU has refused, in words. They are right all the same, but slower than is meant.
+pub(crate) fn refused_by_library(_device: &Device) -> Vec<String> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::linear::refused_by_library(_device);
+    #[cfg(not(feature = "cuda"))]
+    Vec::new()
+}
+
 /// [`linear`] by a gate above what it gates, then [`gated_activation`], in one kernel where there is one; a result is then
 /// rounded once, at the end.
 ///

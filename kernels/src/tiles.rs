@@ -3,6 +3,7 @@
 //! A row of tiles is sixteen rows; a tile has 64 columns, two blocks of 32; a lane of a warp is `4 g + t` and has eight
 //! columns of rows `g` and `g + 8` of each block. Nothing here needs a device.
 
+mod large;
 mod plan;
 
 use std::sync::Mutex;
@@ -14,6 +15,7 @@ use crate::cpu::{self, QuantMatrix};
 use crate::error::{Result, argument};
 use crate::fp8::Fp8Matrix;
 use crate::weight::{BlockType, Quantization, QuantizedBlocks};
+pub use large::{PANEL_TOKENS, panel_rows, token_group};
 pub use plan::{LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, can_gate};
 
 const TILE_ROWS: usize = 16;

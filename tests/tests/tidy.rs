@@ -112,6 +112,8 @@ fn tensors_are_touched_at_the_seams_only() {
         "cuda/graph.rs",
         "cuda/ids.rs",
         "cuda/linear.rs",
+        "cuda/linear/large.rs",
+        "cuda/linear/lt.rs",
         "cuda/module.rs",
         "cuda/ragged.rs",
         "cuda/sampling.rs",

@@ -4,18 +4,28 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{Checker, Pair, Random, largest, put, tolerance};
 use crate::cpu::isa;
-use crate::error::Result;
+use crate::error::{Result, argument};
 use crate::fp8::Fp8Matrix;
 use crate::ops::{self, Activation, LateIds};
+use crate::tiles::panel_rows;
 use crate::weight::{BlockType, Quantization, QuantizedBlocks, Weight};
 
 /// Rows and columns of a matrix; columns of whole blocks, and others.
 const SHAPES: [(usize, usize); 5] = [(48, 64), (257, 96), (96, 1024), (1000, 160), (2048, 512)];
 const ODD: (usize, usize) = (33, 70);
 /// Rows of activations: decoding alone and together, and prompts.
-const TOKENS: [usize; 8] = [1, 2, 3, 8, 9, 17, 64, 200];
+const TOKENS: [usize; 9] = [1, 2, 3, 8, 9, 17, 64, 200, 300];
 
 pub(super) fn check(checker: &mut Checker<'_>) {
+    if checker.device.is_cuda() {
+        // Before shapes that a library may refuse.
+        checker.run("large products are cuBLASLt's".into(), Format::Fp8.allowed(), large);
+        for format in [Format::Fp8, Format::Fp8Grouped] {
+            let name = format!("large products by {} in panels", format.name());
+            checker
+                .run(name, format.allowed(), |random, device, check| panels(&format, random, device, check));
+        }
+    }
     for &dtype in checker.dtypes() {
         let stored: &[DType] =
             if checker.device.is_cpu() { &[DType::F32, DType::BF16, DType::F16] } else { &[dtype] };
@@ -73,17 +83,90 @@ fn company(
     crate::set_deterministic(true);
     let outcome = (|| {
         let (weight, matrix) = format.make(256, 1024, random, device)?;
-        let x = put(&random.tensor(&[70, matrix.dim(1)?], dtype)?, dtype, device)?;
+        let x = put(&random.tensor(&[300, matrix.dim(1)?], dtype)?, dtype, device)?;
         let together = ops::linear(&x, &weight, None)?;
-        for (first, count) in [(0, 1), (3, 2), (10, 17), (6, 64)] {
+        for (first, count) in [(0, 1), (3, 2), (10, 17), (6, 64), (20, 270)] {
             let found = ops::linear(&x.narrow(0, first, count)?, &weight, None)?;
             let wanted = together.narrow(0, first, count)?;
-            check(Pair { found, wanted, scale: None, case: format!("{count} of 70 tokens") })?;
+            check(Pair { found, wanted, scale: None, case: format!("{count} of 300 tokens") })?;
         }
         Ok(())
     })();
     crate::set_deterministic(before);
     outcome
+}
+
+/// Products that cuBLASLt is to do: what it refuses is done all the same, but slower than is meant.
+fn large(random: &mut Random, device: &Device, check: &mut dyn FnMut(Pair) -> Result<()>) -> Result<()> {
+    for dtype in [DType::BF16, DType::F16] {
+        let (rows, cols, tokens) = (512, 768, 320);
+        let dense = random.tensor(&[rows, cols], dtype)?;
+        for (weight, matrix) in [
+            (Weight::new(dense.clone(), dtype, device)?, dense),
+            Format::Fp8.make(rows, cols, random, device)?,
+        ] {
+            let (x, bias) = (random.tensor(&[tokens, cols], dtype)?, random.tensor(&[rows], dtype)?);
+            let (x_there, bias_there) = (put(&x, dtype, device)?, put(&bias, dtype, device)?);
+            for bias_there in [None, Some(&bias_there)] {
+                let found = ops::linear(&x_there, &weight, bias_there)?;
+                let product = x.matmul(&matrix.t()?)?;
+                let wanted = if bias_there.is_some() { product.broadcast_add(&bias)? } else { product };
+                check(Pair { found, wanted, scale: None, case: format!("{tokens} by {rows} x {cols}") })?;
+            }
+        }
+    }
+    match ops::refused_by_library(device).first() {
+        Some(refused) => Err(argument("cuBLASLt", refused.as_str())),
+        None => Ok(()),
+    }
+}
+
+/// A matrix of two panels: its first and last rows, and those where one ends and the other begins.
+fn panels(
+    format: &Format,
+    random: &mut Random,
+    device: &Device,
+    check: &mut dyn FnMut(Pair) -> Result<()>,
+) -> Result<()> {
+    let (cols, tokens, some) = (2048, 260, 32);
+    let first_panel = panel_rows(usize::MAX, cols);
+    let rows = first_panel + 240;
+    let mut matrix = Fp8Matrix {
+        bytes: (0..rows * cols / 8).flat_map(|_| random.next().to_le_bytes()).collect(),
+        rows,
+        cols,
+        row_scales: (0..rows).map(|_| (random.below(100) as f32 + 1.0) * 1e-4).collect(),
+        factors: Vec::new(),
+    };
+    // None is NaN.
+    matrix.bytes.iter_mut().filter(|code| **code & 0x7f == 0x7f).for_each(|code| *code ^= 1);
+    if matches!(format, Format::Fp8Grouped) {
+        matrix.factors = factors(&matrix, random);
+    }
+    let groups = matrix.groups();
+    let dtype = DType::BF16;
+    let (x, bias) = (random.tensor(&[tokens, cols], dtype)?, random.tensor(&[rows], dtype)?);
+    let weight = Weight::from_fp8(std::slice::from_ref(&matrix), device)?;
+    let found = ops::linear(&put(&x, dtype, device)?, &weight, Some(&put(&bias, dtype, device)?))?;
+    for first in [0, first_panel - some / 2, rows - some] {
+        let part = Fp8Matrix {
+            bytes: matrix.bytes[first * cols..][..some * cols].to_vec(),
+            rows: some,
+            row_scales: matrix.row_scales[first..][..some].to_vec(),
+            factors: matrix.factors.get(first * groups..(first + some) * groups).unwrap_or_default().to_vec(),
+            cols,
+        };
+        let wanted = x.matmul(&part.to_tensor()?.t()?)?.broadcast_add(&bias.narrow(0, first, some)?)?;
+        let found = found.narrow(1, first, some)?;
+        check(Pair { found, wanted, scale: None, case: format!("rows from {first} of {rows} x {cols}") })?;
+    }
+    Ok(())
+}
+
+/// One for each group of columns.
+fn factors(matrix: &Fp8Matrix, random: &mut Random) -> Vec<half::f16> {
+    let mut factor = || half::f16::from_f32((random.below(100) as f32 + 1.0) / 100.0);
+    (0..matrix.rows * matrix.groups()).map(|_| factor()).collect()
 }
 
 /// Products with a few numbers of rows, with a bias and without, and some rows of the matrix itself.
@@ -186,8 +269,7 @@ impl Format {
             Self::Fp8 | Self::Fp8Grouped => {
                 let mut matrix = Fp8Matrix::round(&random.tensor(&[rows, cols], DType::F32)?)?;
                 if matches!(self, Self::Fp8Grouped) {
-                    let mut factor = || half::f16::from_f32((random.below(100) as f32 + 1.0) / 100.0);
-                    matrix.factors = (0..rows * matrix.groups()).map(|_| factor()).collect();
+                    matrix.factors = factors(&matrix, random);
                 }
                 let parts = [matrix];
                 (Weight::from_fp8(&parts, cpu)?, Weight::from_fp8(&parts, device)?)

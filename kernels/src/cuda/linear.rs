@@ -1,13 +1,16 @@
 //! Products by weights on the device, and rows of weights.
 //!
-//! Up to sixteen tokens, any weights: our kernel, which reads the weights once, at the speed of memory. More tokens by dense
-//! weights: cuBLAS. More tokens by codes: our tiled kernel, and from [`PANEL_TOKENS`] on, where arithmetic is the limit,
-//! cuBLAS on panels of unpacked weights. Between the two, fp8 weights meet activations that are rounded to fp8 too, where tensor
-//! cores multiply such numbers. With [`crate::set_deterministic`] always the tiled kernel.
+//! Up to sixteen tokens, any weights: our kernel, which reads the weights once, at the speed of memory. More tokens by codes: our
+//! tiled kernel, in which fp8 weights meet activations that are rounded to fp8 too, where tensor cores multiply such numbers.
+//! More by dense weights, and from [`PANEL_TOKENS`] on by codes: a library (`large`). With [`crate::set_deterministic`]
+//! always the tiled kernel.
 
-use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
+mod large;
+mod lt;
+
+use candle_core::cuda_backend::CudaDType;
+use candle_core::cuda_backend::cudarc::cublas::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
-use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
@@ -17,14 +20,9 @@ use super::module::{Argument, File, address, address_mut, computes_fp8, launch, 
 use crate::error::{Result, argument};
 use crate::ops::{self, Activation, LateIds};
 use crate::tiles::{
-    LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, TileFormat, TiledMatrix,
-    can_gate,
+    LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, PANEL_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, TileFormat,
+    TiledMatrix, can_gate,
 };
-
-/// Tokens from which unpacking a panel of weights costs less than the library is faster.
-const PANEL_TOKENS: usize = 256;
-/// Elements of a panel.
-const PANEL: usize = 1 << 26;
 
 /// A matrix of codes in device memory.
 #[derive(Debug)]
@@ -178,6 +176,11 @@ pub(crate) fn linear(
     }
 }
 
+/// Kinds of large products that cuBLASLt has refused on `device`, in words.
+pub(crate) fn refused_by_library(device: &Device) -> Vec<String> {
+    device.as_cuda_device().map(lt::refused).unwrap_or_default()
+}
+
 fn product<T: Number>(
     x: &Tensor,
     matrix: Operand<'_>,
@@ -200,13 +203,7 @@ fn product<T: Number>(
     let x = if x.stride()[1] == 1 || cols == 1 { x.clone() } else { x.contiguous()? };
     let bias = bias.map(|bias| bias.to_dtype(T::DTYPE)?.contiguous()).transpose()?;
     if !ours {
-        let Operand::Tiles(tiles) = matrix else { return Ok(None) };
-        let y = by_panels::<T>(&x, tiles)?;
-        return match gate {
-            Some(activation) => super::elementwise::gated_activation(&y, bias.as_ref(), activation),
-            None if bias.is_some() => super::encoder::bias_activate(&y, bias.as_ref(), None, true),
-            None => Ok(Some(y)),
-        };
+        return large::product::<T>(&x, matrix, bias.as_ref(), gate);
     }
     // What the kernel cannot do while it stores is done afterwards.
     let (fused, after) = if can_gate(rows) { (gate, None) } else { (None, gate) };
@@ -345,53 +342,6 @@ fn run<T: Number>(
     }
 }
 
-/// The product by cuBLAS, some rows of the matrix at a time.
-fn by_panels<T: Number>(x: &Tensor, tiles: &DeviceTiles) -> Result<Tensor> {
-    let (tokens, _) = x.dims2()?;
-    let device = &tiles.device;
-    let x_at = Address::of::<T>(x)?;
-    let mut y = room::<T>(device, tokens, tiles.rows)?;
-    let y_at = address_mut(device, &mut y);
-    let panel_rows = (PANEL / tiles.cols).clamp(1, tiles.rows);
-    let mut panel = room::<T>(device, panel_rows, tiles.cols)?;
-    let panel_at = address_mut(device, &mut panel);
-    let blas = device.cublas_handle();
-    let int =
-        |x: usize| i32::try_from(x).map_err(|_| argument("linear", format!("{x} is too large for cuBLAS")));
-    let (one, zero) = (1.0_f32, 0.0_f32);
-    for first in (0..tiles.rows).step_by(panel_rows) {
-        let rows = panel_rows.min(tiles.rows - first);
-        tiles.unpack::<T>(0, first, rows, panel_at)?;
-        // cuBLAS counts columns first: y^T [rows, tokens] = panel [rows, cols] x^T [cols, tokens].
-        // SAFETY: `panel` holds `rows` rows; `x` and `y` are as large as their shapes say; all on the handle's stream.
-        unsafe {
-            gemm_ex(
-                *blas.handle(),
-                sys::cublasOperation_t::CUBLAS_OP_T,
-                sys::cublasOperation_t::CUBLAS_OP_N,
-                int(rows)?,
-                int(tokens)?,
-                int(tiles.cols)?,
-                (&raw const one).cast(),
-                panel_at as *const _,
-                T::BLAS,
-                int(tiles.cols)?,
-                x_at.start as *const _,
-                T::BLAS,
-                int(x_at.stride)?,
-                (&raw const zero).cast(),
-                (y_at + (first * size_of::<T>()) as u64) as *mut _,
-                T::BLAS,
-                int(tiles.rows)?,
-                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        }
-        .w()?;
-    }
-    Ok(tensor(y, (tokens, tiles.rows), device))
-}
-
 /// Where a tensor's rows lie.
 struct Address {
     start: u64,
@@ -432,6 +382,7 @@ trait Number: CudaDType + DeviceRepr + 'static {
     const IN_C: &'static str;
     const FILE: File;
     const BLAS: sys::cudaDataType;
+    const LT: lt::Numbers;
 }
 
 impl Number for bf16 {
@@ -440,6 +391,7 @@ impl Number for bf16 {
     const IN_C: &'static str = "bf16";
     const FILE: File = File::LinearBf16;
     const BLAS: sys::cudaDataType = sys::cudaDataType::CUDA_R_16BF;
+    const LT: lt::Numbers = lt::Numbers::CUDA_R_16BF;
 }
 
 impl Number for f16 {
@@ -448,6 +400,7 @@ impl Number for f16 {
     const IN_C: &'static str = "f16";
     const FILE: File = File::LinearF16;
     const BLAS: sys::cudaDataType = sys::cudaDataType::CUDA_R_16F;
+    const LT: lt::Numbers = lt::Numbers::CUDA_R_16F;
 }
 
 impl Number for f32 {
@@ -457,6 +410,7 @@ impl Number for f32 {
     // Never launched: products of f32 are candle's.
     const FILE: File = File::Unpack;
     const BLAS: sys::cudaDataType = sys::cudaDataType::CUDA_R_32F;
+    const LT: lt::Numbers = lt::Numbers::CUDA_R_32F;
 }
 
 fn room<T: Number>(device: &CudaDevice, rows: usize, cols: usize) -> Result<CudaSlice<T>> {

@@ -53,7 +53,7 @@ struct Loaded {
     modules: HashMap<(DeviceId, File), Arc<CudaModule>>,
     functions: HashMap<DeviceId, HashMap<String, CudaFunction>>,
     multiprocessors: HashMap<DeviceId, usize>,
-    computes_fp8: HashMap<DeviceId, bool>,
+    capabilities: HashMap<DeviceId, (i32, i32)>,
 }
 
 thread_local! {
@@ -101,16 +101,21 @@ pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     })
 }
 
+/// The device's generation: 8.9 is an L4, 9.0 an H100 or H200.
+pub(super) fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
+    LOADED.with_borrow_mut(|loaded| {
+        if let Some(capability) = loaded.capabilities.get(&device.id()) {
+            return Ok(*capability);
+        }
+        let capability = device.cuda_stream().context().compute_capability().w()?;
+        loaded.capabilities.insert(device.id(), capability);
+        Ok(capability)
+    })
+}
+
 /// Whether the device's tensor cores multiply e4m3 numbers.
 pub(super) fn computes_fp8(device: &CudaDevice) -> Result<bool> {
-    LOADED.with_borrow_mut(|loaded| {
-        if let Some(computes) = loaded.computes_fp8.get(&device.id()) {
-            return Ok(*computes);
-        }
-        let computes = device.cuda_stream().context().compute_capability().w()? >= (8, 9);
-        loaded.computes_fp8.insert(device.id(), computes);
-        Ok(computes)
-    })
+    Ok(capability(device)? >= (8, 9))
 }
 
 /// Launches kernel `name` with `arguments`, each of exactly the type that the kernel declares.

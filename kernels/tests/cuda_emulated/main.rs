@@ -12,5 +12,6 @@ mod attention;
 mod elementwise;
 mod encoder;
 mod harness;
+mod large;
 mod linear;
 mod sampling;
