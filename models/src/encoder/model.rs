@@ -9,6 +9,7 @@ use self::between::Between;
 use super::config::{Count, EncoderConfig, NormPlacement, Positions};
 use super::head::Norm;
 use super::layout::{EncoderSpec, NormSpec};
+use crate::decoder::Placement;
 use crate::error::Result;
 use crate::linear::Linear;
 use crate::loader::Loader;
@@ -46,15 +47,15 @@ struct Layer {
 }
 
 impl EncoderModel {
-    /// Loads the tensors of `spec`, which has been checked. `max_len` is the longest sequence that will be run.
+    /// Loads the tensors of `spec`, which has been checked. `bf16_attention`: see [`SelfAttnParams::bf16`].
     pub(crate) fn load(
         config: EncoderConfig,
         spec: &EncoderSpec,
         loader: &mut Loader<'_>,
-        max_len: usize,
-        dtype: DType,
-        device: &Device,
+        placement: &Placement,
+        bf16_attention: bool,
     ) -> Result<Self> {
+        let Placement { max_len, activation_dtype: dtype, ref device, .. } = *placement;
         let word = loader.table(&spec.word)?;
         let position = spec.position.as_ref().map(|spec| loader.table(spec)).transpose()?;
         let token_type = spec.token_type.as_ref().map(|spec| loader.table(spec)).transpose()?;
@@ -85,6 +86,7 @@ impl EncoderModel {
                 params: SelfAttnParams {
                     left: layer.window,
                     right: layer.window,
+                    bf16: bf16_attention,
                     ..SelfAttnParams::bidirectional(scale)
                 },
             });
