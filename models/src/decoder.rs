@@ -408,7 +408,7 @@ impl Attention {
         } else {
             (sliding_window.map(|window| window / 2), sliding_window.map(|window| window / 2))
         };
-        SelfAttnParams { scale, left, right, softcap }
+        SelfAttnParams { scale, left, right, softcap, bf16: false }
     }
 }
 

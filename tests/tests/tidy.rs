@@ -131,6 +131,7 @@ fn tensors_are_touched_at_the_seams_only() {
         "ops.rs",
         "ops/embedding.rs",
         "ops/encoder.rs",
+        "ops/row_blocks.rs",
         "ops/sampling.rs",
         "ops/sampling/tests.rs",
         "reference.rs",

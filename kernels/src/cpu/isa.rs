@@ -13,8 +13,9 @@ pub enum Isa {
     /// with a scale for each token and head here (sums of at most 128 products, then f32). All else as `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Avx512Fp16,
-    /// Dot products of bf16 pairs for bf16 weights (activations are then rounded to bf16, too) and for attention over caches
-    /// of bf16 and bytes (queries are then rounded). All else as `Avx512Vnni`.
+    /// Dot products of bf16 pairs for bf16 weights (activations are then rounded to bf16, too), for attention over caches
+    /// of bf16 and bytes (queries are then rounded), and for attention without a cache that may be rounded. All else as
+    /// `Avx512Vnni`.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
     /// AVX-512 F/BW/VL/DQ and the byte dot products of VNNI.

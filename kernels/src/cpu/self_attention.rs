@@ -4,9 +4,18 @@
 //! the keys without a sum across lanes, and keys and values need no repacking. A piece of work is one head of one
 //! sequence and some of its queries, in blocks of a few vectors. A block goes over the keys in chunks of [`CHUNK`] with
 //! an online softmax from chunk to chunk; blocks and chunks begin at positions fixed by the sequence alone, so a row's
-//! bits depend on nothing else in the batch.
+//! bits depend on nothing else in the batch. All of it is f32, unless `dots.rs` may round.
+
+#[cfg(target_arch = "x86_64")]
+mod dots;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+
+use std::ops::Range;
 
 use super::simd::{LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::{Isa, isa};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 use crate::ops::{RelativeBias, SelfAttnParams};
 
@@ -32,6 +41,14 @@ pub(crate) struct SelfAttention<'a> {
     pub(crate) params: &'a SelfAttnParams,
 }
 
+impl SelfAttention<'_> {
+    /// Positions that queries `first..end` see, together.
+    fn seen(&self, piece: Piece, first: usize, end: usize) -> Range<usize> {
+        let from = self.params.left.map_or(0, |left| first.saturating_sub(left));
+        from..self.params.right.map_or(piece.len, |right| piece.len.min(end.saturating_add(right)))
+    }
+}
+
 /// Computes `job` into `y`, contiguous and of the shape of `q`.
 pub(crate) fn self_attention(job: &SelfAttention<'_>, y: &mut Unwritten) {
     let SelfAttention { q, k, v, head_dim, .. } = *job;
@@ -54,6 +71,14 @@ pub(crate) fn self_attention(job: &SelfAttention<'_>, y: &mut Unwritten) {
     pieces.sort_by_key(|piece| std::cmp::Reverse((piece.end - piece.first) * piece.len));
     let group = heads / kv_heads;
     let out = OutPtr::new(y);
+    #[cfg(target_arch = "x86_64")]
+    if job.params.bf16 && head_dim.is_multiple_of(2) && isa() == Isa::Avx512Bf16 {
+        pool::run(pieces.len(), |idx| {
+            // SAFETY: `isa()` returns a set only after detecting it; pieces are different queries or heads.
+            unsafe { dots::run(job, pieces[idx], group, out) };
+        });
+        return;
+    }
     pool::run(pieces.len(), |idx| {
         let piece = pieces[idx];
         dispatch!(
@@ -80,10 +105,11 @@ unsafe fn run<S: Simd>(job: &SelfAttention<'_>, piece: Piece, group: usize, out:
     // SAFETY: given by the caller.
     unsafe {
         let most = if S::ACCUMULATORS >= 24 { MAX_VECTORS } else { 1 };
-        let mut scratch = Scratch::new(job.head_dim, most * LANES);
+        let vectors = |first: usize| (piece.end - first).div_ceil(LANES).min(most);
+        let mut scratch = Scratch::new(job.head_dim, vectors(piece.first) * LANES);
         let mut first = piece.first;
         while first < piece.end {
-            let vectors = (piece.end - first).div_ceil(LANES).min(most);
+            let vectors = vectors(first);
             let block = Block { job, piece, group, first, end: piece.end.min(first + vectors * LANES), out };
             match vectors {
                 _ if S::ACCUMULATORS < 4 => block.run::<S, 2, 1>(&mut scratch),
@@ -132,7 +158,7 @@ impl Block<'_> {
     /// instruction set of `S`.
     #[inline(always)]
     unsafe fn run<S: Simd, const M: usize, const N: usize>(&self, scratch: &mut Scratch) {
-        let Self { job, piece, group, first, end, out } = *self;
+        let Self { job, piece, group, first, end, .. } = *self;
         let dim = job.head_dim;
         let lanes = N * LANES;
         let (queries, scores, sums) = (
@@ -148,8 +174,7 @@ impl Block<'_> {
                 queries[d * lanes + lane] = x * job.params.scale;
             }
         }
-        let from = job.params.left.map_or(0, |left| first.saturating_sub(left));
-        let to = job.params.right.map_or(piece.len, |right| piece.len.min(end.saturating_add(right)));
+        let Range { start: from, end: to } = job.seen(piece, first, end);
         let kv = (piece.head / group) * dim;
         // SAFETY: each row of keys and values has `dim` elements from `kv` on, and rows `start..start + len` exist, which
         // slicing the last one checks; scratch is sized above.
@@ -175,17 +200,30 @@ impl Block<'_> {
                     add_values::<S, 1, N>(scores, (values, job.v.stride), count, d, factor, sums);
                 }
             }
-            for n in 0..N {
-                let scale = S::to_array(S::div(S::splat(1.0), total[n]));
-                for (lane, scale) in scale.iter().enumerate() {
-                    let at = first + n * LANES + lane;
-                    if at >= end {
-                        break;
-                    }
-                    let y = out.slice((piece.start + at) * job.q.width + piece.head * dim, dim);
-                    for (d, y) in y.iter_mut().enumerate() {
-                        *y = sums[d * lanes + n * LANES + lane] * scale;
-                    }
+            self.write::<S, N>(sums, &total);
+        }
+    }
+
+    /// Writes `sums`, `[head_dim][N * 16]`, divided by the totals of their weights.
+    ///
+    /// # Safety
+    /// These queries of this head are nobody else's; the instruction set of `S`.
+    #[inline(always)]
+    unsafe fn write<S: Simd, const N: usize>(&self, sums: &[f32], total: &[S::V; N]) {
+        let Self { job, piece, first, end, out, .. } = *self;
+        let (dim, lanes) = (job.head_dim, N * LANES);
+        for n in 0..N {
+            // SAFETY: the instruction set is given.
+            let scale = unsafe { S::to_array(S::div(S::splat(1.0), total[n])) };
+            for (lane, scale) in scale.iter().enumerate() {
+                let at = first + n * LANES + lane;
+                if at >= end {
+                    break;
+                }
+                // SAFETY: a row of `y`, which is as large as `q`; nobody else's, given by the caller.
+                let y = unsafe { out.slice((piece.start + at) * job.q.width + piece.head * dim, dim) };
+                for (d, y) in y.iter_mut().enumerate() {
+                    *y = sums[d * lanes + n * LANES + lane] * scale;
                 }
             }
         }

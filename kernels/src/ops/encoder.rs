@@ -17,13 +17,16 @@ pub struct SelfAttnParams {
     pub right: Option<usize>,
     /// `softcap * tanh(score / softcap)`
     pub softcap: Option<f32>,
+    /// Queries, keys, values and their weights may be rounded to bf16, as where a model's own weights are no finer: on processors
+    /// that have fast dot products of bf16 they then are, on others all is f32.
+    pub bf16: bool,
 }
 
 impl SelfAttnParams {
-    /// Every token sees every token of its sequence.
+    /// Every token sees every token of its sequence; nothing is rounded.
     #[must_use]
     pub fn bidirectional(scale: f32) -> Self {
-        Self { scale, left: None, right: None, softcap: None }
+        Self { scale, left: None, right: None, softcap: None, bf16: false }
     }
 }
 

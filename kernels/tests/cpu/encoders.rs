@@ -116,15 +116,19 @@ fn gelu_is_the_exact_one() {
     }
 }
 
-struct Inputs {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Vec<u32>,
+pub(super) struct Inputs {
+    pub(super) q: Tensor,
+    pub(super) k: Tensor,
+    pub(super) v: Tensor,
+    pub(super) cu_seqlens: Vec<u32>,
 }
 
 /// Views of a stacked projection, as a model makes them.
-fn inputs(rng: &mut ChaCha8Rng, (heads, kv_heads, dim): (usize, usize, usize), lens: &[usize]) -> Inputs {
+pub(super) fn inputs(
+    rng: &mut ChaCha8Rng,
+    (heads, kv_heads, dim): (usize, usize, usize),
+    lens: &[usize],
+) -> Inputs {
     let tokens = lens.iter().sum();
     let qkv = (random(rng, &[tokens, heads + 2 * kv_heads, dim]) * 2.0).unwrap();
     let mut cu_seqlens = vec![0];
@@ -139,12 +143,12 @@ fn inputs(rng: &mut ChaCha8Rng, (heads, kv_heads, dim): (usize, usize, usize), l
     }
 }
 
-fn attend(x: &Inputs, bias: Option<&RelativeBias>, params: &SelfAttnParams) -> Tensor {
+pub(super) fn attend(x: &Inputs, bias: Option<&RelativeBias>, params: &SelfAttnParams) -> Tensor {
     ops::self_attention(&x.q, &x.k, &x.v, &x.cu_seqlens, bias, params).unwrap()
 }
 
 /// All ways of looking that models have, and some narrow ones.
-fn all_params() -> Vec<SelfAttnParams> {
+pub(super) fn all_params() -> Vec<SelfAttnParams> {
     let plain = SelfAttnParams::bidirectional(0.3);
     vec![
         plain,
@@ -157,7 +161,7 @@ fn all_params() -> Vec<SelfAttnParams> {
     ]
 }
 
-fn some_bias(rng: &mut ChaCha8Rng, heads: usize, reach: usize) -> RelativeBias {
+pub(super) fn some_bias(rng: &mut ChaCha8Rng, heads: usize, reach: usize) -> RelativeBias {
     let table = values(&random(rng, &[heads * 2 * reach]));
     RelativeBias::new(heads, reach, |head, distance| {
         4.0 * table[head * 2 * reach + (distance + reach as isize) as usize]

@@ -7,6 +7,7 @@
 mod encoders;
 mod quantized;
 mod reference_twins;
+mod rounded_attention;
 
 use candle_core::{Device, Tensor};
 use ingle_kernels::{Isa, isa};

@@ -238,9 +238,10 @@ fn load_bidirectional(
 
     let (vocab_size, type_vocab_size) = (config.vocab_size, config.type_vocab_size);
     let (activation, norm_eps) = (config.head.as_ref().map(|head| head.activation), config.norm_eps);
-    let device = &options.device;
-    let model =
-        EncoderModel::load(config, &spec, &mut loader, max_seq_len, placement.activation_dtype, device)?;
+    // Whoever asks for f32 wants nothing to be rounded that need not be.
+    let coarse = placement.dtype == DType::BF16 || placement.quantization.is_some();
+    let bf16_attention = coarse && options.dtype != Some(DType::F32);
+    let model = EncoderModel::load(config, &spec, &mut loader, &placement, bf16_attention)?;
     let mut steps = Vec::new();
     if let (Some(spec), Some(activation)) = (&spec.head, activation) {
         steps.extend(load_head(spec, activation, norm_eps, &mut loader)?);
@@ -258,7 +259,7 @@ fn load_bidirectional(
         body: Body::Bidirectional(model),
         pooling: info.pooling.clone(),
         steps,
-        device: device.clone(),
+        device: options.device.clone(),
         info,
     }))
 }

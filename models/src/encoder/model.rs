@@ -1,11 +1,15 @@
 //! The one bidirectional encoder: every family is this forward pass under another [`EncoderConfig`].
 
+mod between;
+
 use candle_core::{DType, Device, Tensor};
 use ingle_kernels::{RelativeBias, RopeTables, SelfAttnParams, Weight, ops};
 
+use self::between::Between;
 use super::config::{Count, EncoderConfig, NormPlacement, Positions};
 use super::head::Norm;
 use super::layout::{EncoderSpec, NormSpec};
+use crate::decoder::Placement;
 use crate::error::Result;
 use crate::linear::Linear;
 use crate::loader::Loader;
@@ -43,15 +47,15 @@ struct Layer {
 }
 
 impl EncoderModel {
-    /// Loads the tensors of `spec`, which has been checked. `max_len` is the longest sequence that will be run.
+    /// Loads the tensors of `spec`, which has been checked. `bf16_attention`: see [`SelfAttnParams::bf16`].
     pub(crate) fn load(
         config: EncoderConfig,
         spec: &EncoderSpec,
         loader: &mut Loader<'_>,
-        max_len: usize,
-        dtype: DType,
-        device: &Device,
+        placement: &Placement,
+        bf16_attention: bool,
     ) -> Result<Self> {
+        let Placement { max_len, activation_dtype: dtype, ref device, .. } = *placement;
         let word = loader.table(&spec.word)?;
         let position = spec.position.as_ref().map(|spec| loader.table(spec)).transpose()?;
         let token_type = spec.token_type.as_ref().map(|spec| loader.table(spec)).transpose()?;
@@ -82,6 +86,7 @@ impl EncoderModel {
                 params: SelfAttnParams {
                     left: layer.window,
                     right: layer.window,
+                    bf16: bf16_attention,
                     ..SelfAttnParams::bidirectional(scale)
                 },
             });
@@ -125,54 +130,25 @@ impl EncoderModel {
                 tables.push(rope.tables(&positions, &self.device)?);
             }
         }
-        let hidden = self.embed(input_ids, token_type_ids, cu_seqlens)?; // [T, hidden]
-        match self.config.norm_placement {
-            NormPlacement::Post => self.layers_post(hidden, &tables, cu_seqlens),
-            NormPlacement::Pre => self.layers_pre(hidden, &tables, cu_seqlens),
-        }
-    }
-
-    /// Layers whose sums are normed after attention and after the MLP.
-    fn layers_post(&self, mut hidden: Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
-        for layer in &self.layers {
-            let x = self.attend(layer, &hidden, tables, cu_seqlens)?;
-            hidden = match &layer.attn_norm {
-                Some(norm) => add_and_norm(&layer.o, &x, &hidden, norm, false)?.1,
-                None => ops::add(&layer.o.forward(&x)?, &hidden)?,
+        let mut hidden = self.embed(input_ids, token_type_ids, cu_seqlens)?; // [T, hidden]
+        let Some(first) = self.layers.first() else {
+            return match &self.final_norm {
+                Some(norm) => norm.forward(&hidden),
+                None => Ok(hidden),
             };
-            let x = self.mlp(layer, &hidden)?;
-            hidden = add_and_norm(&layer.mlp_out, &x, &hidden, &layer.mlp_norm, false)?.1;
-        }
-        match &self.final_norm {
-            Some(norm) => norm.forward(&hidden),
-            None => Ok(hidden),
-        }
-    }
-
-    /// Layers whose attention and MLP read normed sums. What norms the sum at a layer's end is the next layer's.
-    fn layers_pre(&self, mut hidden: Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
-        let first = self.layers.first().and_then(|layer| layer.attn_norm.as_ref());
-        let mut normed = match first {
-            Some(norm) => norm.forward(&hidden)?,
-            None => hidden.clone(),
+        };
+        let mut qkv = match (self.config.norm_placement, &first.attn_norm) {
+            (NormPlacement::Pre, Some(norm)) => first.qkv.forward(&norm.forward(&hidden)?)?,
+            _ => first.qkv.forward(&hidden)?,
         };
         for (idx, layer) in self.layers.iter().enumerate() {
-            let x = self.attend(layer, &normed, tables, cu_seqlens)?;
-            (hidden, normed) = add_and_norm(&layer.o, &x, &hidden, &layer.mlp_norm, true)?;
-            let x = self.mlp(layer, &normed)?;
-            let next = match self.layers.get(idx + 1) {
-                Some(next) => next.attn_norm.as_ref(),
-                None => self.final_norm.as_ref(),
-            };
-            (hidden, normed) = match next {
-                Some(norm) => add_and_norm(&layer.mlp_out, &x, &hidden, norm, true)?,
-                None => {
-                    let sum = ops::add(&hidden, &layer.mlp_out.forward(&x)?)?;
-                    (sum.clone(), sum)
-                }
-            };
+            let attended = self.attend(layer, &qkv, &tables, cu_seqlens)?;
+            let (next, final_norm) = (self.layers.get(idx + 1), self.final_norm.as_ref());
+            let between = Between { layer, next, final_norm, config: &self.config };
+            (hidden, qkv) = between.forward(&attended, &hidden)?;
         }
-        Ok(normed)
+        // After the last layer these are the vectors.
+        Ok(qkv)
     }
 
     fn embed(&self, input_ids: &[u32], token_type_ids: &[u32], cu_seqlens: &[u32]) -> Result<Tensor> {
@@ -191,11 +167,17 @@ impl EncoderModel {
         Ok(ops::embedding_layer_norm(&parts, &self.embedding_norm.params(), self.dtype)?)
     }
 
-    /// What the layer's last projection of attention reads, `[num_tokens, hidden]`.
-    fn attend(&self, layer: &Layer, x: &Tensor, tables: &[RopeTables], cu_seqlens: &[u32]) -> Result<Tensor> {
-        let (tokens, _) = x.dims2()?;
+    /// What the layer's last projection of attention reads, `[num_tokens, hidden]`. `qkv`: `[num_tokens, 3 * hidden]`.
+    fn attend(
+        &self,
+        layer: &Layer,
+        qkv: &Tensor,
+        tables: &[RopeTables],
+        cu_seqlens: &[u32],
+    ) -> Result<Tensor> {
+        let (tokens, _) = qkv.dims2()?;
         let (heads, dim) = (self.config.num_heads, self.config.head_dim());
-        let qkv = layer.qkv.forward(x)?.reshape((tokens, 3 * heads, dim))?;
+        let qkv = qkv.reshape((tokens, 3 * heads, dim))?;
         // Views: a token's heads lie side by side in its row. Queries and keys are rotated together.
         let mut qk = qkv.narrow(1, 0, 2 * heads)?;
         if let Some(rope) = layer.rope {
@@ -207,26 +189,6 @@ impl EncoderModel {
         let out = ops::self_attention(&q, &k, &v, cu_seqlens, bias, &layer.params)?; // [T, H, D]
         Ok(out.reshape((tokens, heads * dim))?)
     }
-
-    /// What the MLP's last projection reads, `[num_tokens, intermediate]`.
-    fn mlp(&self, layer: &Layer, x: &Tensor) -> Result<Tensor> {
-        let Linear { weight, bias } = &layer.mlp_in;
-        let first = if self.config.gated { ops::gated_linear } else { ops::activated_linear };
-        Ok(first(x, weight, bias.as_ref(), self.config.activation)?)
-    }
-}
-
-/// The sum of a projection of `x` and `hidden`, and its norm. Without `keep_sum` the norm stands for both.
-fn add_and_norm(
-    linear: &Linear,
-    x: &Tensor,
-    hidden: &Tensor,
-    norm: &Norm,
-    keep_sum: bool,
-) -> Result<(Tensor, Tensor)> {
-    let linear = (&linear.weight, linear.bias.as_ref());
-    let (sum, normed) = ops::linear_layer_norm(x, linear, hidden, &norm.params(), keep_sum)?;
-    Ok((sum.unwrap_or_else(|| normed.clone()), normed))
 }
 
 /// Row of the table of positions for each token.

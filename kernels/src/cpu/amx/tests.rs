@@ -142,6 +142,6 @@ fn byte_tiles_have_the_bits_of_vectors() {
 
 #[test]
 fn few_rows_stay_with_vectors() {
-    let tiled = [1, 7, 8, 16, 17, 23, 24, 512, 519, 520].map(|rows| bytes::tiled_rows(rows));
+    let tiled = [1, 7, 8, 16, 17, 23, 24, 512, 519, 520].map(bytes::tiled_rows);
     assert_eq!(tiled, [0, 0, 8, 16, 16, 16, 24, 512, 512, 520]);
 }
