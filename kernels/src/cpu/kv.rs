@@ -240,12 +240,16 @@ enum Side {
 }
 
 impl NewRows<'_> {
-    /// Calls `store(side, head, slot, numbers)` for each side of each head of each token, all tokens of a side and head in one piece
-    /// of a parallel region: whatever the slots are, such pieces share no memory.
-    fn for_each(&self, (heads, dim): (usize, usize), store: impl Fn(Side, usize, usize, &[f32]) + Sync) {
+    /// Calls `store(side, head, slot, numbers, scratch)` for each side of each head of each token, all tokens of a side and head in
+    /// one piece of a parallel region: whatever the slots are, such pieces share no memory. `scratch` has room for a head.
+    fn for_each<T: Copy + Default>(
+        &self,
+        (heads, dim): (usize, usize),
+        store: impl Fn(Side, usize, usize, &[f32], &mut [T]) + Sync,
+    ) {
         let piece = |idx: usize| {
             let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
-            let mut rotated = vec![0.0; dim];
+            let (mut rotated, mut scratch) = (vec![0.0; dim], vec![T::default(); dim]);
             for (token, slot) in self.slots.iter().enumerate() {
                 let rows = if matches!(side, Side::Keys) { self.k } else { self.v };
                 let mut numbers = &rows.row(token)[head * dim..][..dim];
@@ -253,7 +257,7 @@ impl NewRows<'_> {
                     rotate_head(numbers, (cos.row(token), sin.row(token)), &mut rotated);
                     numbers = &rotated;
                 }
-                store(side, head, *slot as usize, numbers);
+                store(side, head, *slot as usize, numbers, &mut scratch);
             }
         };
         if self.slots.len() * heads * dim < PARALLEL_ELEMENTS {
@@ -272,16 +276,15 @@ fn scatter<T: Copy + Default + Send>(
     convert: impl Fn(&[f32], &mut [T], (Side, usize)) + Sync,
 ) {
     let (k_out, v_out) = (OutPtr(k_out.as_mut_ptr()), OutPtr(v_out.as_mut_ptr()));
-    rows.for_each((heads, dim), |side, head, slot, numbers| {
+    rows.for_each((heads, dim), |side, head, slot, numbers, key: &mut [T]| {
         let (row, lane) = (slot / LANES * heads + head, slot % LANES);
         let place = (side, row * LANES + lane);
         match side {
             Side::Keys => {
-                let mut key = vec![T::default(); dim];
-                convert(numbers, &mut key, place);
+                convert(numbers, key, place);
                 // SAFETY: slots are below `num_slots`; the keys of this head are this piece's alone.
                 let tile = unsafe { k_out.slice(row * dim * LANES, dim * LANES) };
-                for (out, x) in tile.iter_mut().skip(lane).step_by(LANES).zip(&key) {
+                for (out, x) in tile.iter_mut().skip(lane).step_by(LANES).zip(key) {
                     *out = *x;
                 }
             }
@@ -302,10 +305,9 @@ fn scatter_pairs(
     (k_out, v_out): (&mut [u16], &mut [u16]),
 ) {
     let (k_out, v_out) = (OutPtr(k_out.as_mut_ptr()), OutPtr(v_out.as_mut_ptr()));
-    rows.for_each((heads, dim), |side, head, slot, numbers| {
+    rows.for_each((heads, dim), |side, head, slot, numbers, rounded: &mut [u16]| {
         let (at, lane) = ((slot / LANES * heads + head) * dim * LANES, slot % LANES);
-        let mut rounded = vec![0_u16; dim];
-        let out: &mut [u16] = &mut rounded;
+        let out = &mut *rounded;
         dispatch!(round_to_bf16(numbers, out) -> (), [numbers: &[f32], out: &mut [u16]]);
         match side {
             Side::Keys => {
@@ -320,7 +322,7 @@ fn scatter_pairs(
                 // SAFETY: as above.
                 let tile = unsafe { v_out.slice(at, LANES * dim) };
                 let row = &mut tile[lane / 2 * 2 * dim..][..2 * dim];
-                for (out, x) in row.iter_mut().skip(lane % 2).step_by(2).zip(&rounded) {
+                for (out, x) in row.iter_mut().skip(lane % 2).step_by(2).zip(rounded) {
                     *out = *x;
                 }
             }

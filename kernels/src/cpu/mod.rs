@@ -19,6 +19,8 @@ mod bf16_gemm;
 mod buffer;
 mod dot;
 mod elementwise;
+#[cfg(target_arch = "x86_64")]
+mod exp2;
 mod gemm;
 #[cfg(target_arch = "x86_64")]
 mod half_gemm;

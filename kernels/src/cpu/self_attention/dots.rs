@@ -17,6 +17,7 @@ use super::pairs::{AHEAD, Operands, ask, interleave, round_row};
 use super::{Block, CHUNK, LOWEST, MAX_VECTORS, Piece, SelfAttention};
 use crate::cpu::OutPtr;
 use crate::cpu::bf16_gemm::dot;
+use crate::cpu::exp2::exp2;
 use crate::cpu::simd::{Avx512, LANES};
 
 /// Keys, or features of values, that are multiplied at once: with [`MAX_VECTORS`] sums each they fill the registers.
@@ -175,7 +176,7 @@ unsafe fn score<const N: usize>(queries: &[u32], keys: &[u32], count: usize, sco
 ///
 /// # Safety
 /// AVX512-BF16; `scores` has `count` rows of `N` vectors, `weights` half as many, rounded up.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn soften<const N: usize>(
     scores: &[f32],
     count: usize,
@@ -220,22 +221,11 @@ unsafe fn soften<const N: usize>(
     factor
 }
 
-/// `e^(x - y)` for `x <= y`, to four digits, more than bf16 has; what is far below is zero. Both may be -1e30, and `x` minus
-/// infinity.
+/// `e^(x - y)` for `x <= y`; what is far below is zero. Both may be -1e30, and `x` minus infinity.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn exp_of_difference(x: __m512, y: __m512) -> __m512 {
-    let t = _mm512_mul_ps(_mm512_sub_ps(x, y), _mm512_set1_ps(std::f32::consts::LOG2_E));
-    // What is not a number stays so as the second operand.
-    let t = _mm512_max_ps(_mm512_set1_ps(-200.0), t);
-    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(t);
-    let r = _mm512_sub_ps(t, n);
-    // The series of 2^r, whose rest is below 5e-5 within half a unit around zero.
-    let mut p = _mm512_set1_ps(9.618_129e-3);
-    for c in [5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    }
-    _mm512_scalef_ps(p, n)
+    exp2(_mm512_mul_ps(_mm512_sub_ps(x, y), _mm512_set1_ps(std::f32::consts::LOG2_E)))
 }
 
 /// `sums[d + m][query] = sums[d + m][query] * factor + weights[key][query] * values[key][d + m]`, pairs of keys in order;
