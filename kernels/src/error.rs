@@ -14,6 +14,14 @@ pub enum Error {
         /// What was given and what was wanted.
         message: String,
     },
+    /// Rows of a matrix could not be read while it was laid out.
+    #[error("part {part} of a matrix cannot be read: {source}")]
+    Unreadable {
+        /// Which of the stacked matrices.
+        part: usize,
+        /// Why.
+        source: std::io::Error,
+    },
 }
 
 /// Result of an operation.

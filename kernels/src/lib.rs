@@ -20,6 +20,7 @@ mod error;
 mod fp8;
 pub mod gpu;
 mod kv_layer;
+mod matrix_rows;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 pub mod ops;
@@ -38,6 +39,7 @@ pub use deterministic::{is_deterministic, set_deterministic};
 pub use error::{Error, Result};
 pub use fp8::Fp8Matrix;
 pub use kv_layer::{KvDtype, KvLayer};
+pub use matrix_rows::MatrixRows;
 pub use ops::{
     Activation, AttnParams, ChosenTokens, LateIds, LayerNorm, PagedMeta, PoolingMode, RelativeBias,
     RopeTables, RotateParams, SampleRow, SelfAttnParams,

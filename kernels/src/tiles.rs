@@ -14,6 +14,7 @@ use half::f16;
 use crate::cpu::{self, QuantMatrix};
 use crate::error::{Result, argument};
 use crate::fp8::Fp8Matrix;
+use crate::matrix_rows::with_stack;
 use crate::weight::{BlockType, Quantization, QuantizedBlocks};
 pub use large::{PANEL_TOKENS, panel_rows, token_group};
 pub use plan::{LinearArgs, LinearPlan, LinearShape, MAX_TOKENS, ROUNDED_FP8, SKINNY_TOKENS, can_gate};
@@ -148,8 +149,8 @@ impl TiledMatrix {
     /// If the parts are not matrices of finite numbers in CPU memory with the same number of columns.
     pub fn quantized(parts: &[Tensor], quantization: Quantization) -> Result<Self> {
         match quantization {
-            Quantization::Int8 => Self::from_rounded(&QuantMatrix::int8(parts)?),
-            Quantization::Int4 => Self::from_rounded(&QuantMatrix::int4(parts)?),
+            Quantization::Int8 => Self::from_rounded(&with_stack(parts, QuantMatrix::int8)?),
+            Quantization::Int4 => Self::from_rounded(&with_stack(parts, QuantMatrix::int4)?),
             Quantization::Fp8 => {
                 Self::from_fp8(&parts.iter().map(Fp8Matrix::round).collect::<Result<Vec<_>>>()?)
             }

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::cpu::{PackedMatrix, QuantMatrix};
 use crate::error::{Result, argument};
 use crate::fp8::Fp8Matrix;
+use crate::matrix_rows::{MatrixRows, Stack, stacked_dims, with_stack};
 
 /// A matrix `[out_features, in_features]` that [`crate::ops::linear`] and [`crate::ops::embedding`] read.
 ///
@@ -149,8 +150,29 @@ impl Weight {
         if !device.is_cpu() {
             return Self::portable(parts, dtype, device);
         }
-        let (rows, cols) = check_parts(parts)?;
-        Ok(Self { rows, cols, storage: Storage::Packed(Arc::new(PackedMatrix::pack(parts, dtype)?)) })
+        with_stack(parts, |stack| Self::packed(stack, dtype, None))
+    }
+
+    /// As [`Weight::stack`] or, if `quantization` is given, [`Weight::quantized`] in CPU memory, for matrices that are read
+    /// while they are laid out.
+    ///
+    /// # Errors
+    /// As there; [`crate::Error::Unreadable`] if rows cannot be read.
+    pub fn read(parts: &[&dyn MatrixRows], dtype: DType, quantization: Option<Quantization>) -> Result<Self> {
+        Self::packed(&Stack::new(parts.iter().copied())?, dtype, quantization)
+    }
+
+    fn packed(stack: &Stack<'_>, dtype: DType, quantization: Option<Quantization>) -> Result<Self> {
+        let (rows, cols) = stack.dims();
+        let storage = match quantization {
+            None => Storage::Packed(Arc::new(PackedMatrix::pack(stack, dtype)?)),
+            Some(Quantization::Int8) => Storage::Quantized(Arc::new(QuantMatrix::int8(stack)?)),
+            Some(Quantization::Int4) => Storage::Quantized(Arc::new(QuantMatrix::int4(stack)?)),
+            Some(Quantization::Fp8) => {
+                return Err(argument("Weight::quantized", "fp8 weights are for CUDA devices only"));
+            }
+        };
+        Ok(Self { rows, cols, storage })
     }
 
     /// As [`Weight::stack`], rounded to `quantization`, on the CPU or a CUDA device.
@@ -171,15 +193,8 @@ impl Weight {
                 format!("{quantization:?} weights are for the CPU and for CUDA devices only"),
             ));
         }
-        let (rows, cols) = check_parts(parts)?;
-        let matrix = match quantization {
-            Quantization::Int8 => QuantMatrix::int8(parts)?,
-            Quantization::Int4 => QuantMatrix::int4(parts)?,
-            Quantization::Fp8 => {
-                return Err(argument("Weight::quantized", "fp8 weights are for CUDA devices only"));
-            }
-        };
-        Ok(Self { rows, cols, storage: Storage::Quantized(Arc::new(matrix)) })
+        // Numbers are rounded from f32, whatever type they have.
+        with_stack(parts, |stack| Self::packed(stack, DType::F32, Some(quantization)))
     }
 
     /// Stacks matrices of GGUF blocks along their rows, codes and scales unchanged, on the CPU or a CUDA device.
@@ -293,18 +308,7 @@ impl Weight {
     }
 }
 
-/// Rows of all parts together, and their common number of columns.
 fn check_parts(parts: &[Tensor]) -> Result<(usize, usize)> {
-    let mut total = (0, None);
-    for part in parts {
-        let (rows, cols) = part.dims2()?;
-        if *total.1.get_or_insert(cols) != cols {
-            return Err(argument("Weight::stack", format!("parts of {cols} and {:?} columns", total.1)));
-        }
-        total.0 += rows;
-    }
-    match total {
-        (rows @ 1.., Some(cols @ 1..)) => Ok((rows, cols)),
-        _ => Err(argument("Weight::stack", "an empty matrix")),
-    }
+    let dims = parts.iter().map(Tensor::dims2).collect::<candle_core::Result<Vec<_>>>()?;
+    stacked_dims(dims)
 }

@@ -7,7 +7,7 @@ use ingle_kernels::{Quantization, Weight};
 
 use crate::causal_lm::{LoadProgress, ProgressFn};
 use crate::decoder::Placement;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::{LinearSpec, TensorSpec};
 use crate::linear::Linear;
 use crate::source::{BlockFormat, TensorSource};
@@ -107,12 +107,17 @@ impl<'a> Loader<'a> {
 
     /// As [`Loader::stack`] for matrices that the checkpoint holds in the format `from`.
     fn stack_from(&mut self, parts: &[Tensor], from: Option<&str>) -> Result<Weight> {
-        let (weight, format) = match self.quantization {
-            Some(quantization) => (Weight::quantized(parts, quantization, self.device)?, quantization.name()),
-            None => (Weight::stack(parts, self.dtype, self.device)?, self.dtype.as_str()),
+        let weight = match self.quantization {
+            Some(quantization) => Weight::quantized(parts, quantization, self.device)?,
+            None => Weight::stack(parts, self.dtype, self.device)?,
         };
-        let from = from.map_or(String::new(), |from| format!(" (from {from})"));
-        Ok(self.counted(weight, format!("{format}{from}")))
+        Ok(self.counted(weight, self.format(from)))
+    }
+
+    /// What matrices become that the checkpoint holds in the format `from`.
+    fn format(&self, from: Option<&str>) -> String {
+        let format = self.quantization.map_or(self.dtype.as_str(), Quantization::name);
+        from.map_or_else(|| format.to_owned(), |from| format!("{format} (from {from})"))
     }
 
     fn counted(&mut self, weight: Weight, format: String) -> Weight {
@@ -155,10 +160,36 @@ impl<'a> Loader<'a> {
                 Ok(self.counted(weight, format!("int8 (from {})", names.join(" and "))))
             }
             None => {
+                if let Some(weight) = self.read(specs)? {
+                    return Ok(self.counted(weight, self.format(from.as_deref())));
+                }
                 let parts = specs.iter().map(|spec| self.part(spec)).collect::<Result<Vec<_>>>()?;
                 self.stack_from(&parts, from.as_deref())
             }
         }
+    }
+
+    /// The named matrices in CPU memory, if the source gives them row by row.
+    fn read(&mut self, specs: &[TensorSpec]) -> Result<Option<Weight>> {
+        if !self.device.is_cpu() {
+            return Ok(None);
+        }
+        let source = self.source;
+        let parts = specs.iter().map(|spec| source.rows(&spec.name)).collect::<Result<Option<Vec<_>>>>()?;
+        let Some(parts) = parts else { return Ok(None) };
+        let parts: Vec<_> = parts.iter().map(Box::as_ref).collect();
+        let weight = Weight::read(&parts, self.dtype, self.quantization).map_err(|error| match error {
+            ingle_kernels::Error::Unreadable { part, source: why } => {
+                let file = specs.get(part).map_or(source.path(), |spec| source.file_of(&spec.name));
+                Error::Io { path: file.to_owned(), source: why }
+            }
+            other => other.into(),
+        })?;
+        for part in parts {
+            let (rows, cols) = part.dims();
+            self.loaded(rows * cols);
+        }
+        Ok(Some(weight))
     }
 
     /// Norm weights are stored minus one.

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{BlockType, Fp8Matrix, QuantizedBlocks};
+use ingle_kernels::{BlockType, Fp8Matrix, MatrixRows, QuantizedBlocks};
 
 use crate::Result;
 use crate::error::invalid;
@@ -97,6 +97,16 @@ pub trait TensorSource {
     /// # Errors
     /// If it is absent or its bytes cannot be read.
     fn load(&self, name: &str) -> Result<Tensor>;
+
+    /// A matrix whose rows are read when they are laid out, in the same type as by [`TensorSource::load`]; `None` if it must be
+    /// loaded.
+    ///
+    /// # Errors
+    /// If it is absent.
+    fn rows(&self, name: &str) -> Result<Option<Box<dyn MatrixRows + '_>>> {
+        let _ = name;
+        Ok(None)
+    }
 
     /// As [`TensorSource::load`], of dimension `dim` only these ranges, one after another. They lie within the shape.
     ///

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use ingle_kernels::gpu;
+use ingle_kernels::{MatrixRows, gpu};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
@@ -205,6 +205,13 @@ impl TensorSource for FolderSource {
         self.load_ranges(name, None)
     }
 
+    fn rows(&self, name: &str) -> Result<Option<Box<dyn MatrixRows + '_>>> {
+        let dtype = self.dtype(name)?.unwrap_or(DType::F32);
+        let (shard, entry) = self.located(name)?;
+        let [rows, cols] = entry.shape[..] else { return Ok(None) };
+        Ok(Some(Box::new(FileRows { shard, begin: entry.begin, dims: (rows, cols), dtype })))
+    }
+
     fn load_part(&self, name: &str, dim: usize, ranges: &[Range<usize>]) -> Result<Tensor> {
         self.load_ranges(name, Some((dim, ranges)))
     }
@@ -253,6 +260,31 @@ impl FolderSource {
             Some(DType::F16) => Tensor::from_vec(read::<f16>(shard, entry, &runs)?, shape, &Device::Cpu)?,
             _ => Tensor::from_vec(read::<f32>(shard, entry, &runs)?, shape, &Device::Cpu)?,
         })
+    }
+}
+
+/// A matrix in a file.
+struct FileRows<'a> {
+    shard: &'a Shard,
+    /// Where it begins in the data.
+    begin: u64,
+    dims: (usize, usize),
+    dtype: DType,
+}
+
+impl MatrixRows for FileRows<'_> {
+    fn dims(&self) -> (usize, usize) {
+        self.dims
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn read(&self, first: usize, out: &mut [u8]) -> std::io::Result<()> {
+        // Within the matrix, whose bytes the header's check has counted.
+        let skipped = (first * self.dims.1 * self.dtype.size_in_bytes()) as u64;
+        self.shard.file.read_exact_at(out, self.shard.data_start + self.begin + skipped)
     }
 }
 
@@ -324,6 +356,8 @@ impl<'de> Deserialize<'de> for WeightMap {
 
 #[cfg(test)]
 mod tests {
+    use ingle_kernels::{Quantization, Weight};
+
     use super::*;
 
     /// In pieces through two buffers, as it goes to a GPU, or at once: the same numbers.
@@ -339,6 +373,25 @@ mod tests {
                 assert_eq!((whole.dims(), whole.dtype()), (pieces.dims(), pieces.dtype()), "{tensor}");
                 let values = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
                 assert_eq!(values(&whole).expect("numbers"), values(&pieces).expect("numbers"), "{tensor}");
+                let rows = source.rows(tensor).expect("read");
+                assert_eq!(rows.is_some(), whole.rank() == 2, "{tensor}");
+                let Some(rows) = rows else { continue };
+                assert_eq!((rows.dims(), rows.dtype()), (whole.dims2().expect("a matrix"), whole.dtype()));
+                let (count, cols) = rows.dims();
+                // From the second row on.
+                let (whole, mut bytes) = (
+                    whole
+                        .narrow(0, 1, count - 1)
+                        .and_then(|rest| rest.to_dtype(DType::F32))
+                        .expect("numbers"),
+                    vec![0; (count - 1) * cols * rows.dtype().size_in_bytes()],
+                );
+                rows.read(1, &mut bytes).expect("read");
+                let read = Tensor::from_raw_buffer(&bytes, rows.dtype(), &[count - 1, cols], &Device::Cpu);
+                assert_eq!(
+                    values(&whole).expect("numbers"),
+                    values(&read.expect("numbers")).expect("numbers")
+                );
             }
         }
     }
@@ -355,6 +408,11 @@ mod tests {
         for tensor in source.names() {
             let error = source.load_on(tensor, &Device::Cpu).expect_err("too short").to_string();
             assert!(error.contains("model.safetensors"), "{error}");
+            let Some(rows) = source.rows(tensor).expect("known") else { continue };
+            for quantization in [None, Some(Quantization::Int8), Some(Quantization::Int4)] {
+                let error = Weight::read(&[rows.as_ref()], DType::BF16, quantization).expect_err("too short");
+                assert!(matches!(error, ingle_kernels::Error::Unreadable { part: 0, .. }), "{error}");
+            }
         }
     }
 }

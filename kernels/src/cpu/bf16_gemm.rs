@@ -149,6 +149,7 @@ mod tests {
     use super::super::amx::tests::{bits, numbers};
     use super::super::written;
     use super::*;
+    use crate::matrix_rows::with_stack;
 
     /// Also where the instructions are there and not the ones in use.
     fn product(x: &[f32], rows: usize, w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<f32> {
@@ -184,7 +185,8 @@ mod tests {
         for (n, k) in [(1, 1), (17, 2), (16, 3), (33, 31), (40, 33), (130, 257), (70, 600)] {
             let w = numbers(1, n * k);
             let tensor = Tensor::from_slice(&w, (n, k), &Device::Cpu).expect("a matrix");
-            let packed = PackedMatrix::pack_panels(&[tensor], DType::BF16).expect("packs");
+            let packed =
+                with_stack(&[tensor], |stack| PackedMatrix::pack_panels(stack, DType::BF16)).expect("packs");
             let bias = numbers(2, n);
             for m in [1, 2, 3, 5, 7, 12, 13, 40, 100] {
                 let x = numbers(3, m * k);
@@ -215,7 +217,7 @@ mod tests {
         }
         let (n, k) = (40, 33);
         let w = Tensor::ones((n, k), DType::BF16, &Device::Cpu).expect("a matrix");
-        let packed = PackedMatrix::pack_panels(&[w], DType::BF16).expect("packs");
+        let packed = with_stack(&[w], |stack| PackedMatrix::pack_panels(stack, DType::BF16)).expect("packs");
         let mut x = vec![1.0_f32; 5 * k];
         (x[k + 2], x[3 * k + 32]) = (f32::NAN, f32::INFINITY);
         for (row, y) in product(&x, 5, &packed, None).chunks(n).enumerate() {

@@ -121,6 +121,7 @@ mod tests {
     use super::super::line_gemm::RUN;
     use super::super::{Isa, PackedMatrix, isa, written};
     use super::*;
+    use crate::matrix_rows::with_stack;
 
     fn product(x: &[f32], rows: usize, w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<f32> {
         let x = Rows::new(x, rows, w.cols, w.cols).expect("as long as its shape");
@@ -196,7 +197,9 @@ mod tests {
                 let w = Tensor::from_vec(w, (n, k), &Device::Cpu)
                     .and_then(|w| w.to_dtype(dtype))
                     .expect("a matrix");
-                let packed = PackedMatrix::pack_halves(std::slice::from_ref(&w), dtype).expect("packs");
+                let packed =
+                    with_stack(std::slice::from_ref(&w), |stack| PackedMatrix::pack_halves(stack, dtype))
+                        .expect("packs");
                 let w = w.to_dtype(DType::F32).and_then(|w| w.to_vec2::<f32>()).expect("numbers");
                 let bias = numbers(n, &[1.0])[..n].to_vec();
                 for m in [1, 2, 3, 5, 8, 13, 25, 40] {
@@ -224,7 +227,7 @@ mod tests {
         }
         let (n, k) = (40, 33);
         let w = Tensor::ones((n, k), DType::BF16, &Device::Cpu).expect("a matrix");
-        let packed = PackedMatrix::pack_halves(&[w], DType::BF16).expect("packs");
+        let packed = with_stack(&[w], |stack| PackedMatrix::pack_halves(stack, DType::BF16)).expect("packs");
         let mut x = vec![1.0_f32; 5 * k];
         (x[k + 2], x[3 * k + 32]) = (f32::NAN, f32::INFINITY);
         let y = product(&x, 5, &packed, None);

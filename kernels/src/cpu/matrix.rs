@@ -1,13 +1,15 @@
 //! A weight matrix packed for the matrix kernels.
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::DType;
+use half::{bf16, f16};
 
-use super::buffer::AlignedBuf;
+use super::buffer::{AlignedBuf, Zeroable};
 use super::simd::LANES;
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, halves::round_row, isa};
 use super::{OutPtr, Unwritten, pool};
-use crate::error::{Error, Result, argument};
+use crate::error::{Result, argument};
+use crate::matrix_rows::{Number, Stack};
 
 /// A matrix `[rows, cols]` in panels of sixteen rows, so that one vector holds the same column of sixteen rows:
 ///
@@ -59,54 +61,34 @@ pub(super) struct HalfPanels {
 }
 
 impl PackedMatrix {
-    /// Packs the rows of all `parts`, one after another, as `dtype`. Each part is a CPU matrix of the same width.
-    pub(crate) fn pack(parts: &[Tensor], dtype: DType) -> Result<Self> {
+    /// Packs all rows of `stack` as `dtype`.
+    pub(crate) fn pack(stack: &Stack<'_>, dtype: DType) -> Result<Self> {
         #[cfg(target_arch = "x86_64")]
         if isa() == Isa::Avx512Fp16 && matches!(dtype, DType::BF16 | DType::F16) {
-            return Self::pack_halves(parts, dtype);
+            return Self::pack_halves(stack, dtype);
         }
-        Self::pack_panels(parts, dtype)
+        Self::pack_panels(stack, dtype)
     }
 
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn pack_halves(parts: &[Tensor], dtype: DType) -> Result<Self> {
-        let (rows, cols) = stacked(parts)?;
-        let panels = HalfPanels::pack(parts, dtype, rows, cols)?.ok_or_else(|| too_large(rows, cols))?;
+    pub(super) fn pack_halves(stack: &Stack<'_>, dtype: DType) -> Result<Self> {
+        let (rows, cols) = stack.dims();
+        let panels = match dtype {
+            DType::BF16 => HalfPanels::pack::<bf16>(stack)?,
+            _ => HalfPanels::pack::<f16>(stack)?,
+        };
         Ok(Self { rows, cols, depth: cols, panels: Panels::Half(panels) })
     }
 
-    pub(super) fn pack_panels(parts: &[Tensor], dtype: DType) -> Result<Self> {
-        let (rows, cols) = stacked(parts)?;
-        let too_large = || too_large(rows, cols);
+    pub(super) fn pack_panels(stack: &Stack<'_>, dtype: DType) -> Result<Self> {
+        let (rows, cols) = stack.dims();
         let depth = cols.next_multiple_of(if dtype == DType::BF16 { BF16_TILE_COLS } else { 2 });
-        let padded = rows.next_multiple_of(LANES).checked_mul(depth).ok_or_else(too_large)?;
-        let mut panels = match dtype {
-            DType::F32 => Panels::F32(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
-            DType::BF16 => Panels::Bf16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
-            DType::F16 => Panels::F16(AlignedBuf::zeroed(padded).ok_or_else(too_large)?.with_large_pages()),
+        let panels = match dtype {
+            DType::F32 => Panels::F32(spread::<f32, f32, 1>(stack, depth, |x| x)?),
+            DType::BF16 => Panels::Bf16(spread::<bf16, u16, 2>(stack, depth, bf16::to_bits)?),
+            DType::F16 => Panels::F16(spread::<f16, u16, 2>(stack, depth, f16::to_bits)?),
             other => return Err(argument("PackedMatrix::pack", format!("{other:?} weights on the CPU"))),
         };
-        let mut first_row = 0;
-        for part in parts {
-            // Already in the wanted type in nearly every case; then this is a reference, not a copy.
-            let part = part.to_dtype(dtype)?.contiguous()?;
-            let (storage, layout) = part.storage_and_layout();
-            let start = layout.start_offset();
-            let count = part.elem_count();
-            match (&mut panels, &*storage) {
-                (Panels::F32(out), Storage::Cpu(CpuStorage::F32(w))) => {
-                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 1, |x| x);
-                }
-                (Panels::Bf16(out), Storage::Cpu(CpuStorage::BF16(w))) => {
-                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 2, |x| x.to_bits());
-                }
-                (Panels::F16(out), Storage::Cpu(CpuStorage::F16(w))) => {
-                    pack_rows(&w[start..][..count], (cols, depth), first_row, out, 2, |x| x.to_bits());
-                }
-                _ => return Err(argument("PackedMatrix::pack", "weights are not in CPU memory")),
-            }
-            first_row += part.dim(0)?;
-        }
         Ok(Self { rows, cols, depth, panels })
     }
 
@@ -157,128 +139,89 @@ impl PackedMatrix {
     }
 }
 
-/// Rows of all parts, and columns.
-fn stacked(parts: &[Tensor]) -> Result<(usize, usize)> {
-    let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
-    let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
-    Ok((rows, cols))
-}
+/// Columns that are spread at a time: what is written then stays in the first-level cache.
+const SPREAD_COLS: usize = 128;
 
-fn too_large(rows: usize, cols: usize) -> Error {
-    argument("PackedMatrix::pack", format!("[{rows}, {cols}] is too large"))
+/// Zeros for `rows` by `cols` elements.
+fn zeros<T: Zeroable>(rows: usize, cols: usize) -> Result<AlignedBuf<T>> {
+    let buffer = rows.checked_mul(cols).and_then(AlignedBuf::zeroed);
+    let too_large = || argument("PackedMatrix::pack", format!("[{rows}, {cols}] is too large"));
+    Ok(buffer.ok_or_else(too_large)?.with_large_pages())
 }
 
 #[cfg(target_arch = "x86_64")]
 impl HalfPanels {
-    /// `None` if it is too large.
-    fn pack(parts: &[Tensor], dtype: DType, rows: usize, cols: usize) -> Result<Option<Self>> {
+    /// Numbers are rounded to `T` first, as they are everywhere else.
+    fn pack<T: Number>(stack: &Stack<'_>) -> Result<Self> {
+        let (rows, cols) = stack.dims();
         let padded_rows = rows.next_multiple_of(HALF_LANES);
-        let Some(mut data) = padded_rows.checked_mul(cols).and_then(AlignedBuf::zeroed) else {
-            return Ok(None);
-        };
-        data = data.with_large_pages();
+        let mut data = zeros(padded_rows, cols)?;
         let mut scales = vec![0.0; padded_rows];
-        let mut first_row = 0;
-        for part in parts {
-            let part = part.to_dtype(dtype)?.contiguous()?;
-            let (storage, layout) = part.storage_and_layout();
-            let range = layout.start_offset()..layout.start_offset() + part.elem_count();
-            match &*storage {
-                Storage::Cpu(CpuStorage::BF16(w)) => {
-                    pack_halves(&w[range], cols, first_row, &mut data, &mut scales, |x| x.to_f32());
-                }
-                Storage::Cpu(CpuStorage::F16(w)) => {
-                    pack_halves(&w[range], cols, first_row, &mut data, &mut scales, |x| x.to_f32());
-                }
-                _ => return Err(argument("PackedMatrix::pack", "weights are not in CPU memory")),
-            }
-            first_row += part.dim(0)?;
-        }
-        Ok(Some(Self { data, scales }))
-    }
-}
-
-/// Scales, rounds and spreads row-major `w` over the panels from row `first_row` on.
-#[cfg(target_arch = "x86_64")]
-fn pack_halves<T: Copy + Sync>(
-    w: &[T],
-    cols: usize,
-    first_row: usize,
-    data: &mut [u16],
-    scales: &mut [f32],
-    widen: impl Fn(T) -> f32 + Sync,
-) {
-    if cols == 0 {
-        return;
-    }
-    let end_row = first_row + w.len() / cols;
-    let (first_panel, last_panel) = (first_row / HALF_LANES, end_row.div_ceil(HALF_LANES));
-    let (data, scales) = (OutPtr(data.as_mut_ptr()), OutPtr(scales.as_mut_ptr()));
-    pool::run(last_panel - first_panel, |piece| {
-        let panel = first_panel + piece;
-        // SAFETY: one piece a panel; panels do not overlap and lie in the buffers by their padded sizes.
-        let (out, scales) = unsafe {
-            (
-                data.slice(panel * HALF_LANES * cols, HALF_LANES * cols),
-                scales.slice(panel * HALF_LANES, HALF_LANES),
-            )
-        };
-        let mut row = vec![0.0_f32; cols];
-        let mut rounded = vec![0_u16; HALF_LANES * cols];
-        let lanes =
-            (0..HALF_LANES).filter(|lane| (first_row..end_row).contains(&(panel * HALF_LANES + lane)));
-        for lane in lanes.clone() {
-            let idx = panel * HALF_LANES + lane - first_row;
-            for (value, w) in row.iter_mut().zip(&w[idx * cols..][..cols]) {
-                *value = widen(*w);
-            }
-            // SAFETY: only where the instructions were detected are weights packed so.
-            scales[lane] = unsafe { round_row(&row, &mut rounded[lane * cols..][..cols]) };
-        }
-        // A few columns at a time: what is written stays in the first-level cache.
-        for first in (0..cols).step_by(HALF_LANES) {
-            let end = cols.min(first + HALF_LANES);
-            for lane in lanes.clone() {
-                let from = &rounded[lane * cols..][first..end];
-                let to = &mut out[first * HALF_LANES..end * HALF_LANES];
-                for (to, from) in to.iter_mut().skip(lane).step_by(HALF_LANES).zip(from) {
-                    *to = *from;
-                }
-            }
-        }
-    });
-}
-
-/// Spreads row-major `w` over the panels from row `first_row` on; `group` columns of a row stay together.
-fn pack_rows<T: Copy + Sync, U: Copy + Send>(
-    w: &[T],
-    (cols, padded_cols): (usize, usize),
-    first_row: usize,
-    out: &mut [U],
-    group: usize,
-    convert: impl Fn(T) -> U + Sync,
-) {
-    if cols == 0 {
-        return;
-    }
-    let num_rows = w.len() / cols;
-    let (first_panel, last_panel) = (first_row / LANES, (first_row + num_rows).div_ceil(LANES));
-    let out = OutPtr(out.as_mut_ptr());
-    pool::run(last_panel - first_panel, |piece| {
-        let panel = first_panel + piece;
-        // SAFETY: one piece a panel; panels do not overlap and lie in the buffer by its padded size.
-        let panel_out = unsafe { out.slice(panel * LANES * padded_cols, LANES * padded_cols) };
-        for lane in 0..LANES {
-            let Some(row) = (panel * LANES + lane).checked_sub(first_row).filter(|row| *row < num_rows)
-            else {
-                continue;
+        let (data_out, scales_out) = (OutPtr(data.as_mut_ptr()), OutPtr(scales.as_mut_ptr()));
+        pool::try_run(padded_rows / HALF_LANES, |panel| {
+            let first = panel * HALF_LANES;
+            let values = stack.rows::<T>(first..rows.min(first + HALF_LANES))?;
+            // SAFETY: one piece a panel; panels do not overlap and lie in the buffers by their padded sizes.
+            let (out, scales) = unsafe {
+                (data_out.slice(first * cols, HALF_LANES * cols), scales_out.slice(first, HALF_LANES))
             };
-            let source = &w[row * cols..][..cols];
-            for (chunk, values) in source.chunks(group).enumerate() {
-                for (i, value) in values.iter().enumerate() {
-                    panel_out[chunk * group * LANES + lane * group + i] = convert(*value);
+            let mut wide = vec![0.0_f32; cols];
+            let mut rounded = vec![0_u16; values.len()];
+            let rows = values.chunks_exact(cols).zip(rounded.chunks_exact_mut(cols));
+            for ((row, rounded), scale) in rows.zip(scales) {
+                for (wide, value) in wide.iter_mut().zip(row) {
+                    *wide = value.widen();
+                }
+                // SAFETY: only where the instructions were detected are weights packed so.
+                *scale = unsafe { round_row(&wide, rounded) };
+            }
+            for begin in (0..cols).step_by(SPREAD_COLS) {
+                let end = cols.min(begin + SPREAD_COLS);
+                for (lane, row) in rounded.chunks_exact(cols).enumerate() {
+                    let to =
+                        out[begin * HALF_LANES..end * HALF_LANES].iter_mut().skip(lane).step_by(HALF_LANES);
+                    for (to, from) in to.zip(&row[begin..end]) {
+                        *to = *from;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { data, scales })
+    }
+}
+
+/// Spreads all rows over panels of sixteen rows by `depth` columns; `GROUP` columns of a row stay together.
+fn spread<T: Number, U: Zeroable + Send, const GROUP: usize>(
+    stack: &Stack<'_>,
+    depth: usize,
+    bits: impl Fn(T) -> U + Sync,
+) -> Result<AlignedBuf<U>> {
+    let (rows, cols) = stack.dims();
+    let mut data = zeros(rows.next_multiple_of(LANES), depth)?;
+    let out = OutPtr(data.as_mut_ptr());
+    pool::try_run(rows.div_ceil(LANES), |panel| {
+        let first = panel * LANES;
+        let values = stack.rows::<T>(first..rows.min(first + LANES))?;
+        // SAFETY: one piece a panel; panels do not overlap and lie in the buffer by its padded size.
+        let out: &mut [U] = unsafe { out.slice(first * depth, LANES * depth) };
+        for begin in (0..cols).step_by(SPREAD_COLS) {
+            let end = cols.min(begin + SPREAD_COLS);
+            let (out, _) = out[begin * LANES..].as_chunks_mut::<GROUP>();
+            for (lane, row) in values.chunks_exact(cols).enumerate() {
+                let (groups, tail) = row[begin..end].as_chunks::<GROUP>();
+                let mut out = out[lane..].iter_mut().step_by(LANES);
+                for (values, out) in groups.iter().zip(out.by_ref()) {
+                    *out = values.map(&bits);
+                }
+                if let Some(out) = out.next() {
+                    for (out, value) in out.iter_mut().zip(tail) {
+                        *out = bits(*value);
+                    }
                 }
             }
         }
-    });
+        Ok(())
+    })?;
+    Ok(data)
 }

@@ -17,6 +17,8 @@ use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use crate::error::Result;
+
 /// How long a worker spins for the next region before it sleeps. Longer than the gaps between the regions of a step,
 /// shorter than anybody would notice on a processor meter.
 const SPIN: Duration = Duration::from_micros(60);
@@ -58,6 +60,20 @@ pub fn run(num_pieces: usize, piece: impl Fn(usize) + Sync) {
         });
         pool().run(num_pieces, &piece);
     });
+}
+
+/// As [`run`] for pieces that may fail; the first failure is given back, and pieces that begin after it are left out.
+pub(super) fn try_run(num_pieces: usize, piece: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    let failed = OnceLock::new();
+    run(num_pieces, |idx| {
+        if failed.get().is_none()
+            && let Err(error) = piece(idx)
+        {
+            // Another thread's failure may be there already: one is enough.
+            let _ = failed.set(error);
+        }
+    });
+    failed.into_inner().map_or(Ok(()), Err)
 }
 
 /// Cuts `count` items into pieces for [`run`] that get smaller towards the end, so that all threads end together: multiples

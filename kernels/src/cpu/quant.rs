@@ -1,12 +1,14 @@
 //! Weight matrices of whole-number codes.
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::buffer::AlignedBuf;
 use super::dot::STEP_BYTES;
+use super::rounding::round_to_bytes;
 use super::simd::{LANES, Simd};
 use super::{OutPtr, Unwritten, dispatch, pool};
 use crate::error::{Result, argument};
+use crate::matrix_rows::Stack;
 use crate::weight::{BlockType, QuantizedBlocks};
 
 /// Columns that a kernel takes at once: two steps of four, or one step of half bytes.
@@ -100,35 +102,28 @@ impl QuantMatrix {
         })
     }
 
-    /// Rounds the rows of all `parts`, one after another, to bytes: 255 steps a group of 32 columns.
-    pub(crate) fn int8(parts: &[Tensor]) -> Result<Self> {
-        Self::round(parts, CodeWidth::Byte)
+    /// Rounds all rows of `stack` to bytes: 255 steps a group of 32 columns.
+    pub(crate) fn int8(stack: &Stack<'_>) -> Result<Self> {
+        Self::round(stack, CodeWidth::Byte)
     }
 
-    /// Rounds the rows of all `parts` to half bytes: sixteen steps a group of 32 columns, placed to make the sum of the
+    /// Rounds all rows of `stack` to half bytes: sixteen steps a group of 32 columns, placed to make the sum of the
     /// squared errors of the group small.
-    pub(crate) fn int4(parts: &[Tensor]) -> Result<Self> {
-        Self::round(parts, CodeWidth::Half)
+    pub(crate) fn int4(stack: &Stack<'_>) -> Result<Self> {
+        Self::round(stack, CodeWidth::Half)
     }
 
-    fn round(parts: &[Tensor], width: CodeWidth) -> Result<Self> {
-        let cols = parts.first().map_or(Ok(0), |part| part.dim(1))?;
-        let rows = parts.iter().map(|part| part.dim(0)).sum::<candle_core::Result<usize>>()?;
+    fn round(stack: &Stack<'_>, width: CodeWidth) -> Result<Self> {
+        let (rows, cols) = stack.dims();
         let mut matrix = Self::empty(rows, cols, width, false)?;
         matrix.zero = if width == CodeWidth::Byte { 128 } else { 8 };
-        let parts = parts
-            .iter()
-            .map(|part| part.to_dtype(DType::F32)?.contiguous())
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let storages: Vec<_> = parts.iter().map(|part| part.storage_and_layout()).collect();
-        let mut all_rows: Vec<&[f32]> = Vec::with_capacity(rows);
-        for ((storage, layout), part) in storages.iter().zip(&parts) {
-            let Storage::Cpu(CpuStorage::F32(w)) = &**storage else {
-                return Err(argument("QuantMatrix::round", "weights are not in CPU memory"));
-            };
-            all_rows.extend(w[layout.start_offset()..][..part.elem_count()].chunks_exact(cols));
-        }
-        let largest = all_rows.iter().flat_map(|row| row.iter()).fold(0.0_f32, |max, x| max.max(x.abs()));
+        let rows_of = |panel: usize| stack.rows::<f32>(panel * LANES..rows.min((panel + 1) * LANES));
+        let largest = AtomicU32::new(0);
+        pool::try_run(matrix.num_panels(), |panel| {
+            largest.fetch_max(largest_magnitude(&rows_of(panel)?), Ordering::Relaxed);
+            Ok(())
+        })?;
+        let largest = f32::from_bits(largest.into_inner());
         // The greatest scale a group can have becomes about one: f16 then keeps eleven bits of all that matter.
         let steps = if width == CodeWidth::Byte { 127.0 } else { 8.0 };
         if largest > 0.0 {
@@ -136,24 +131,12 @@ impl QuantMatrix {
         }
         let unit = matrix.unit;
         matrix.fill(|panel, writer| {
-            let rows = &all_rows[panel * LANES..][..LANES.min(rows - panel * LANES)];
-            for group in 0..cols.div_ceil(GROUP) {
-                let columns = group * GROUP..cols.min((group + 1) * GROUP);
-                let mut block = [[0.0_f32; LANES]; GROUP];
-                for (lane, row) in rows.iter().enumerate() {
-                    for (values, x) in block.iter_mut().zip(&row[columns.clone()]) {
-                        values[lane] = *x;
-                    }
-                }
-                let (scales, codes) = round_block(&block, width);
-                for lane in 0..rows.len() {
-                    writer.scale(lane, group, half::f16::from_f32(scales[lane] / unit).to_bits());
-                    for (column, codes) in columns.clone().zip(&codes) {
-                        writer.code(lane, column, (i32::from(codes[lane]) + writer.zero) as u8);
-                    }
-                }
+            match width {
+                CodeWidth::Byte => writer.round_to_bytes(&rows_of(panel)?, cols, unit),
+                CodeWidth::Half => writer.round_to_halves(&rows_of(panel)?, cols, unit),
             }
-        });
+            Ok(())
+        })?;
         Ok(matrix)
     }
 
@@ -190,9 +173,7 @@ impl QuantMatrix {
                     writer.scale(lane, group, f16_at(0));
                     match block_type {
                         BlockType::Q8_0 => {
-                            for (i, code) in block[2..].iter().enumerate() {
-                                writer.code(lane, group * GROUP + i, code.wrapping_add(128));
-                            }
+                            writer.bytes(lane, group * GROUP, bytemuck::cast_slice(&block[2..]));
                         }
                         BlockType::Q4_0 | BlockType::Q4_1 => {
                             let codes = if block_type == BlockType::Q4_1 {
@@ -202,25 +183,25 @@ impl QuantMatrix {
                                 &block[2..]
                             };
                             for (i, both) in codes.iter().enumerate() {
-                                writer.code(lane, group * GROUP + i, both & 15);
-                                writer.code(lane, group * GROUP + 16 + i, both >> 4);
+                                writer.half(lane, group * GROUP + i, both & 15);
+                                writer.half(lane, group * GROUP + 16 + i, both >> 4);
                             }
                         }
                     }
                 }
             }
-        });
+            Ok(())
+        })?;
         Ok(matrix)
     }
 
     /// Calls `write` for every panel on all threads, with what writes it.
-    fn fill(&mut self, write: impl Fn(usize, &mut PanelWriter<'_>) + Sync) {
+    fn fill(&mut self, write: impl Fn(usize, &mut PanelWriter<'_>) -> Result<()> + Sync) -> Result<()> {
         let (panel_bytes, groups) = (self.width.panel_bytes(self.depth), self.num_groups());
-        let (width, zero) = (self.width, self.zero);
         let codes = OutPtr(self.codes.as_mut_ptr());
         let scales = OutPtr(self.scales.as_mut_ptr());
         let mins = self.mins.as_mut().map(|mins| OutPtr(mins.as_mut_ptr()));
-        pool::run(self.rows.div_ceil(LANES), |panel| {
+        pool::try_run(self.rows.div_ceil(LANES), |panel| {
             // SAFETY: one piece a panel; panels do not overlap and lie in the buffers by their sizes.
             let (codes, scales, mins) = unsafe {
                 (
@@ -229,8 +210,8 @@ impl QuantMatrix {
                     mins.as_ref().map(|mins| mins.slice(panel * groups * LANES, groups * LANES)),
                 )
             };
-            write(panel, &mut PanelWriter { codes, scales, mins, width, zero });
-        });
+            write(panel, &mut PanelWriter { codes, scales, mins })
+        })
     }
 
     pub(crate) fn num_bytes(&self) -> usize {
@@ -301,15 +282,56 @@ struct PanelWriter<'a> {
     codes: &'a mut [u8],
     scales: &'a mut [u16],
     mins: Option<&'a mut [u16]>,
-    width: CodeWidth,
-    zero: i32,
 }
 
 impl PanelWriter<'_> {
+    /// Codes from column `first` on, a multiple of four; they become unsigned ones with their zero at 128.
+    fn bytes(&mut self, lane: usize, first: usize, codes: &[i8]) {
+        let quads = self.codes.as_chunks_mut::<4>().0[first / 4 * LANES + lane..].iter_mut().step_by(LANES);
+        for (quad, codes) in quads.zip(codes.chunks(4)) {
+            for (byte, code) in quad.iter_mut().zip(codes) {
+                *byte = code.cast_unsigned() ^ 0x80;
+            }
+        }
+    }
+
     #[inline(always)]
-    fn code(&mut self, lane: usize, col: usize, code: u8) {
-        let (at, shift) = self.width.place(lane, col);
+    fn half(&mut self, lane: usize, col: usize, code: u8) {
+        let (at, shift) = CodeWidth::Half.place(lane, col);
         self.codes[at] |= code << shift;
+    }
+
+    /// Rows of `cols` elements.
+    fn round_to_bytes(&mut self, rows: &[f32], cols: usize, unit: f32) {
+        let groups = cols.div_ceil(GROUP);
+        let (mut codes, mut scales, mut sums) = (vec![0; cols], vec![0.0; groups], vec![0; groups]);
+        for (lane, row) in rows.chunks_exact(cols).enumerate() {
+            round_to_bytes(row, GROUP, &mut codes, &mut scales, &mut sums);
+            self.bytes(lane, 0, &codes);
+            for (group, scale) in scales.iter().enumerate() {
+                self.scale(lane, group, half::f16::from_f32(scale / unit).to_bits());
+            }
+        }
+    }
+
+    /// As above.
+    fn round_to_halves(&mut self, rows: &[f32], cols: usize, unit: f32) {
+        for group in 0..cols.div_ceil(GROUP) {
+            let columns = group * GROUP..cols.min((group + 1) * GROUP);
+            let mut block = [[0.0_f32; LANES]; GROUP];
+            for (lane, row) in rows.chunks_exact(cols).enumerate() {
+                for (values, x) in block.iter_mut().zip(&row[columns.clone()]) {
+                    values[lane] = *x;
+                }
+            }
+            let (scales, codes) = dispatch!(round_halves(&block) -> Halves, [block: &[[f32; LANES]; GROUP]]);
+            for lane in 0..rows.len() / cols {
+                self.scale(lane, group, half::f16::from_f32(scales[lane] / unit).to_bits());
+                for (column, codes) in columns.clone().zip(&codes) {
+                    self.half(lane, column, (codes[lane] + 8) as u8);
+                }
+            }
+        }
     }
 
     fn scale(&mut self, lane: usize, group: usize, scale: u16) {
@@ -323,37 +345,25 @@ impl PanelWriter<'_> {
     }
 }
 
-/// One group of sixteen rows, `[column][row]`: each row's scale, and the codes, counted from zero.
-fn round_block(block: &[[f32; LANES]; GROUP], width: CodeWidth) -> ([f32; LANES], [[i8; LANES]; GROUP]) {
-    type Rounded = ([f32; LANES], [[i8; LANES]; GROUP]);
-    match width {
-        CodeWidth::Byte => dispatch!(round_bytes(block) -> Rounded, [block: &[[f32; LANES]; GROUP]]),
-        CodeWidth::Half => dispatch!(round_halves(block) -> Rounded, [block: &[[f32; LANES]; GROUP]]),
-    }
+/// Bits of the largest magnitude that is finite; magnitudes are ordered as their bits are.
+fn largest_magnitude(values: &[f32]) -> u32 {
+    let magnitudes = values.iter().map(|x| x.abs().to_bits());
+    magnitudes.map(|bits| if bits < f32::INFINITY.to_bits() { bits } else { 0 }).fold(0, u32::max)
 }
 
-/// # Safety
-/// The instruction set of `S`.
-#[inline(always)]
-unsafe fn round_bytes<S: Simd>(block: &[[f32; LANES]; GROUP]) -> ([f32; LANES], [[i8; LANES]; GROUP]) {
-    // SAFETY: rows of the block and of the codes have sixteen elements; the instruction set is given.
-    unsafe {
-        let largest = largest_of::<S>(block);
-        let scales = largest.map(|x| x / 127.0);
-        // A group of zeros has no scale; its codes are zero.
-        let inverse = scales.map(|scale| if scale > 0.0 && scale.is_finite() { 1.0 / scale } else { 0.0 });
-        (scales, codes_of::<S>(block, &inverse, 127.0, 127.0))
-    }
-}
+/// Each row's scale, and the codes, counted from zero.
+type Halves = ([f32; LANES], [[i8; LANES]; GROUP]);
 
+/// One group of sixteen rows, `[column][row]`, as half bytes.
+///
 /// Sixteen steps from -8 to 7. The element of the greatest magnitude need not be at the end of the scale: a few scales
 /// around that one are tried, of both signs, each then fitted to its codes by least squares; the best is kept.
 ///
 /// # Safety
 /// The instruction set of `S`.
 #[inline(always)]
-unsafe fn round_halves<S: Simd>(block: &[[f32; LANES]; GROUP]) -> ([f32; LANES], [[i8; LANES]; GROUP]) {
-    // SAFETY: as above.
+unsafe fn round_halves<S: Simd>(block: &[[f32; LANES]; GROUP]) -> Halves {
+    // SAFETY: rows of the block and of the codes have sixteen elements; the instruction set is given.
     unsafe {
         let largest = largest_of::<S>(block);
         let mut best_gain = [0.0_f32; LANES];
@@ -383,7 +393,7 @@ unsafe fn round_halves<S: Simd>(block: &[[f32; LANES]; GROUP]) -> ([f32; LANES],
                 }
             }
         }
-        (scales, codes_of::<S>(block, &inverses, 8.0, 7.0))
+        (scales, codes_of::<S>(block, &inverses))
     }
 }
 
@@ -407,18 +417,13 @@ unsafe fn largest_of<S: Simd>(block: &[[f32; LANES]; GROUP]) -> [f32; LANES] {
 /// # Safety
 /// The instruction set of `S`.
 #[inline(always)]
-unsafe fn codes_of<S: Simd>(
-    block: &[[f32; LANES]; GROUP],
-    inverse: &[f32; LANES],
-    low: f32,
-    high: f32,
-) -> [[i8; LANES]; GROUP] {
+unsafe fn codes_of<S: Simd>(block: &[[f32; LANES]; GROUP], inverse: &[f32; LANES]) -> [[i8; LANES]; GROUP] {
     let mut codes = [[0_i8; LANES]; GROUP];
     for (codes, values) in codes.iter_mut().zip(block) {
         // SAFETY: as above.
         unsafe {
             let code = S::mul(S::load(values.as_ptr()), S::load(inverse.as_ptr()));
-            let code = S::min(S::max(S::round(code), S::splat(-low)), S::splat(high));
+            let code = S::min(S::max(S::round(code), S::splat(-8.0)), S::splat(7.0));
             S::store_i8(codes.as_mut_ptr(), code);
         }
     }

@@ -1,6 +1,7 @@
 //! Generating models as embedders (Qwen3-Embedding, EmbeddingGemma, gte-Qwen2): the decoder's layers without a cache.
 
 use candle_core::{DType, Tensor};
+use ingle_kernels::MatrixRows;
 
 use crate::causal_lm::ModelInfo;
 use crate::config::DecoderConfig;
@@ -48,6 +49,10 @@ impl TensorSource for BodySource<'_> {
 
     fn dtype(&self, name: &str) -> Result<Option<DType>> {
         self.0.dtype(self.name(name))
+    }
+
+    fn rows(&self, name: &str) -> Result<Option<Box<dyn MatrixRows + '_>>> {
+        self.0.rows(self.name(name))
     }
 
     fn load(&self, name: &str) -> Result<Tensor> {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use ingle_kernels::{BlockType, Fp8Matrix, QuantizedBlocks};
+use ingle_kernels::{BlockType, Fp8Matrix, MatrixRows, QuantizedBlocks};
 
 use super::fp8::{self, ScaleOf};
 use super::grouped::{Grouped, Packing, codes_per_word};
@@ -254,6 +254,10 @@ impl TensorSource for QuantisedSource {
 
     fn dtype(&self, name: &str) -> Result<Option<DType>> {
         if self.matrices.contains_key(name) { Ok(Some(DType::F32)) } else { self.folder.dtype(name) }
+    }
+
+    fn rows(&self, name: &str) -> Result<Option<Box<dyn MatrixRows + '_>>> {
+        if self.matrices.contains_key(name) { Ok(None) } else { self.folder.rows(name) }
     }
 
     fn stored_as(&self, name: &str) -> Option<&str> {

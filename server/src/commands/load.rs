@@ -21,8 +21,8 @@ use crate::text::{ChatTemplate, Tokenizer};
 /// The model that `ingle serve` serves when none is named.
 pub(super) const DEFAULT_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 
-/// Tokens of the warm-up step: enough to touch all weights and start all threads.
-const WARM_UP_TOKENS: usize = 32;
+/// Tokens of the warm-up step: enough to read all weights once and start all threads.
+const WARM_UP_TOKENS: usize = 8;
 
 /// Memory for the cache when none is named, at most, in MiB.
 const DEFAULT_CACHE_MIB: usize = 4096;

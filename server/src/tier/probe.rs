@@ -4,9 +4,12 @@ use std::time::{Duration, Instant};
 
 use ingle_engine::{EngineHandle, Request, SamplingParams, TokenEvent};
 
-/// Tokens of the probe's prompt and answer: together well under a second on anything worth registering.
+/// Tokens of the probe's prompt.
 const PROMPT: usize = 64;
-const ANSWER: u32 = 17;
+/// Tokens of the answer that its latency is given for, and how many of them are waited for: with a slow model every one
+/// delays the start.
+const ANSWER: f64 = 17.0;
+const ASKED: u32 = 5;
 /// A probe that takes longer is given up.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -27,8 +30,8 @@ pub(crate) async fn run(engine: &EngineHandle) -> Option<Probed> {
 
 async fn ask(engine: &EngineHandle) -> Option<Probed> {
     let limits = engine.limits();
-    let answer = ANSWER.min(u32::try_from(limits.max_model_len / 2).ok()?.max(1));
-    let prompt_len = PROMPT.min(limits.max_model_len.saturating_sub(answer as usize)).max(1);
+    let asked = ASKED.min(u32::try_from(limits.max_model_len / 2).ok()?.max(1));
+    let prompt_len = PROMPT.min(limits.max_model_len.saturating_sub(asked as usize)).max(1);
     // Different ids, so that neither the tokenizer's nor the cache's special cases are measured.
     let prompt = (0..prompt_len)
         .map(|i| u32::try_from((i * 7 + 5) % limits.vocab_size.max(1)))
@@ -37,7 +40,7 @@ async fn ask(engine: &EngineHandle) -> Option<Probed> {
     let request = Request {
         prompt,
         sampling: SamplingParams { temperature: 0.0, ignore_eos: true, ..SamplingParams::default() },
-        max_tokens: answer,
+        max_tokens: asked,
         n: 1,
         priority: 0,
         // Its own salt: no client finds the probe's blocks.
@@ -54,17 +57,19 @@ async fn ask(engine: &EngineHandle) -> Option<Probed> {
                 tokens = tokens.saturating_add(1);
                 first.get_or_insert_with(|| begin.elapsed());
             }
-            TokenEvent::Finished { usage, .. } => {
+            TokenEvent::Finished { .. } => {
                 let whole = begin.elapsed().as_secs_f64();
                 let first = first.unwrap_or(begin.elapsed()).as_secs_f64();
                 let rate =
                     |amount: f64, seconds: f64| (seconds > 0.0 && amount > 0.0).then(|| amount / seconds);
+                let decode = rate(f64::from(tokens.saturating_sub(1)), whole - first);
+                let latency = first + decode.map_or(0.0, |rate| (ANSWER - 1.0) / rate);
                 return Some(Probed {
-                    latency_ms: Some(whole * 1e3),
+                    latency_ms: Some(latency * 1e3),
                     first_token_ms: Some(first * 1e3),
-                    prefill_tokens_per_second: rate(prompt_len as f64, usage.prefill_seconds),
-                    decode_tokens_per_second: rate(f64::from(tokens.saturating_sub(1)), usage.decode_seconds),
-                    tokens_per_second: rate(prompt_len as f64 + f64::from(tokens), whole),
+                    prefill_tokens_per_second: rate(prompt_len as f64, first),
+                    decode_tokens_per_second: decode,
+                    tokens_per_second: rate(prompt_len as f64 + ANSWER, latency),
                 });
             }
             TokenEvent::Failed(_) => return None,

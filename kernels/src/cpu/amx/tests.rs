@@ -7,6 +7,7 @@ use super::super::matrix::Panels;
 use super::super::quant_gemm::product as quantized_product;
 use super::super::{PackedMatrix, QuantMatrix, Rows, written};
 use super::{bytes, emulator, first_product_is_right, has_tiles, matmul, may_use_tiles};
+use crate::matrix_rows::with_stack;
 use crate::weight::{BlockType, QuantizedBlocks};
 
 /// From here on this thread may use tiles.
@@ -52,7 +53,8 @@ fn tiles_give_the_formula_and_no_row_depends_on_another() {
     for (n, k) in [(1, 1), (16, 32), (17, 33), (40, 64), (70, 100), (96, 576)] {
         let w = numbers(7, n * k);
         let matrix = Tensor::from_vec(w.clone(), (n, k), &Device::Cpu).expect("a tensor");
-        let packed = PackedMatrix::pack_panels(&[matrix], DType::BF16).expect("packs");
+        let packed =
+            with_stack(&[matrix], |stack| PackedMatrix::pack_panels(stack, DType::BF16)).expect("packs");
         let bias = numbers(9, n);
         let x = numbers(8, 70 * k);
         let all = product(&x, 70, &packed, Some(&bias));
@@ -93,8 +95,8 @@ fn blocks(block_type: BlockType, rows: usize, cols: usize) -> QuantizedBlocks {
 fn quantized(n: usize, k: usize) -> Vec<(&'static str, QuantMatrix)> {
     let matrix = [Tensor::from_vec(numbers(7, n * k), (n, k), &Device::Cpu).expect("a tensor")];
     let mut weights = vec![
-        ("int8", QuantMatrix::int8(&matrix).expect("rounds")),
-        ("int4", QuantMatrix::int4(&matrix).expect("rounds")),
+        ("int8", with_stack(&matrix, QuantMatrix::int8).expect("rounds")),
+        ("int4", with_stack(&matrix, QuantMatrix::int4).expect("rounds")),
     ];
     if k.is_multiple_of(BlockType::BLOCK_SIZE) {
         for (name, block_type) in
