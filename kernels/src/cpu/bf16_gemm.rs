@@ -5,7 +5,6 @@
 //! first, in an order of its own; numbers below the normal range count as zero.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use super::line_gemm::{self, LINE, Lines, MAX_BLOCK_ROWS, Tile};
 use super::matrix::PackedMatrix;
@@ -56,7 +55,7 @@ impl Lines for Pairs<'_> {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    unsafe fn pack(&self, rows: &[&[f32]], out: &mut [MaybeUninit<u32>], _scales: &mut [f32]) {
+    unsafe fn pack(&self, rows: &[&[f32]], out: &mut [u32], _scales: &mut [f32]) {
         let width = rows.first().map_or(0, |row| row.len());
         let mut rounded = [[0_u32; LANES]; MAX_BLOCK_ROWS];
         for (first, out) in (0..).step_by(LINE).zip(out.chunks_mut(LANES * rows.len())) {
@@ -68,7 +67,7 @@ impl Lines for Pairs<'_> {
             }
             for (pair, out) in out.chunks_exact_mut(rows.len()).enumerate() {
                 for (out, rounded) in out.iter_mut().zip(&rounded) {
-                    out.write(rounded[pair]);
+                    *out = rounded[pair];
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! Weights are streamed once a step: a group of panels is applied to all rows before the next group is read.
 
 use super::matrix::{PackedMatrix, Panels};
+use super::scratch::Scratch;
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, amx, bf16_gemm, half_gemm, isa};
@@ -48,7 +49,7 @@ const PANEL_GROUP: usize = 8;
 struct Blocks {
     /// `(first row, rows, offset in data)`
     blocks: Vec<(usize, usize, usize)>,
-    data: Vec<f32>,
+    data: Scratch<f32>,
     /// k, padded with zeros as the weights are.
     depth: usize,
 }
@@ -64,7 +65,7 @@ impl Blocks {
             blocks.push((first, rows, first * depth));
             first += rows;
         }
-        let mut data = vec![0.0_f32; x.num_rows * depth];
+        let mut data = Scratch::filled(x.num_rows * depth, 0.0_f32);
         let out = OutPtr(data.as_mut_ptr());
         let pack = |idx: usize| {
             let (first, rows, offset) = blocks[idx];

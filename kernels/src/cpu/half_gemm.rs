@@ -7,7 +7,6 @@
 //! activations to bf16 or less, which is what matrix units do (`benches/NOTES.md` has the figures).
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use super::halves::{pack_block, widen};
 use super::line_gemm::{self, LINE, Lines, Tile};
@@ -44,7 +43,7 @@ impl Lines for Halves<'_> {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512fp16")]
-    unsafe fn pack(&self, rows: &[&[f32]], out: &mut [MaybeUninit<u32>], scales: &mut [f32]) {
+    unsafe fn pack(&self, rows: &[&[f32]], out: &mut [u32], scales: &mut [f32]) {
         // SAFETY: the instructions are given; all rows have `depth` elements.
         unsafe { pack_block(rows, self.depth, out, scales) };
     }

@@ -1,7 +1,6 @@
 //! Rows of 16-bit floats: each brought into their narrow range by a power of two of its own.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use super::line_gemm::MAX_BLOCK_ROWS;
 use super::simd::LANES;
@@ -24,12 +23,7 @@ pub(super) fn scale_to(largest: f32, exponent: i32) -> (f32, f32) {
 /// # Safety
 /// AVX-512 F/BW/VL/DQ; all rows have `depth` elements.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn pack_block(
-    rows: &[&[f32]],
-    depth: usize,
-    out: &mut [MaybeUninit<u32>],
-    scales: &mut [f32],
-) {
+pub(super) unsafe fn pack_block(rows: &[&[f32]], depth: usize, out: &mut [u32], scales: &mut [f32]) {
     let mut factors = [0.0; MAX_BLOCK_ROWS];
     for ((row, factor), scale) in rows.iter().zip(&mut factors).zip(scales) {
         (*factor, *scale) = scale_to(largest_magnitude(row), FACTOR_EXPONENT);
@@ -51,7 +45,7 @@ pub(super) unsafe fn pack_block(
         }
         for (column, out) in out[k * rows.len()..].chunks_exact_mut(rows.len()).take(width).enumerate() {
             for (out, rounded) in out.iter_mut().zip(&rounded) {
-                out.write(rounded[column]);
+                *out = rounded[column];
             }
         }
         k += LANES;

@@ -3,6 +3,7 @@
 use super::buffer::AlignedBuf;
 use super::elementwise::rotate_head;
 use super::rounding::round_to_bytes;
+use super::scratch::Scratch;
 use super::simd::LANES;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Simd;
@@ -242,14 +243,14 @@ enum Side {
 impl NewRows<'_> {
     /// Calls `store(side, head, slot, numbers, scratch)` for each side of each head of each token, all tokens of a side and head in
     /// one piece of a parallel region: whatever the slots are, such pieces share no memory. `scratch` has room for a head.
-    fn for_each<T: Copy + Default>(
+    fn for_each<T: bytemuck::Pod>(
         &self,
         (heads, dim): (usize, usize),
         store: impl Fn(Side, usize, usize, &[f32], &mut [T]) + Sync,
     ) {
         let piece = |idx: usize| {
             let (head, side) = (idx / 2, if idx.is_multiple_of(2) { Side::Keys } else { Side::Values });
-            let (mut rotated, mut scratch) = (vec![0.0; dim], vec![T::default(); dim]);
+            let (mut rotated, mut scratch) = (Scratch::any(dim), Scratch::any(dim));
             for (token, slot) in self.slots.iter().enumerate() {
                 let rows = if matches!(side, Side::Keys) { self.k } else { self.v };
                 let mut numbers = &rows.row(token)[head * dim..][..dim];
@@ -269,7 +270,7 @@ impl NewRows<'_> {
 }
 
 /// Brings rows into tiles. `convert` gets a head of a row, its place, and what and where it is: `[tile][kv head][16 slots]`.
-fn scatter<T: Copy + Default + Send>(
+fn scatter<T: bytemuck::Pod + Send>(
     rows: &NewRows<'_>,
     (heads, dim, padded): (usize, usize, usize),
     (k_out, v_out): (&mut [T], &mut [T]),

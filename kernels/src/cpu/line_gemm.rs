@@ -10,9 +10,9 @@
 //! Every output element is summed in one order, whatever m is: its bits depend on its own row alone.
 
 use std::arch::x86_64::{__m512, _MM_HINT_T0, _mm_prefetch};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::scratch::Scratch;
 use super::simd::{Avx512, LANES};
 use super::{OutPtr, Rows, Unwritten, pool, store_outputs};
 
@@ -49,7 +49,7 @@ pub(super) trait Lines: Sync {
 
     /// Rounds and transposes rows of x; writes all of `out`, `[depth][rows]`, and what the sums of each row are to be
     /// multiplied by.
-    unsafe fn pack(&self, rows: &[&[f32]], out: &mut [MaybeUninit<u32>], scales: &mut [f32]);
+    unsafe fn pack(&self, rows: &[&[f32]], out: &mut [u32], scales: &mut [f32]);
 
     /// Multiplies `M` rows by `N` panels; see [`Tile`].
     unsafe fn multiply<const M: usize, const N: usize>(tile: &Tile);
@@ -133,9 +133,9 @@ pub(super) unsafe fn matmul<L: Lines>(
 /// The rows of x in blocks, each block transposed to `[depth][rows]`.
 struct Blocks {
     blocks: Vec<Block>,
-    data: Vec<u32>,
+    data: Scratch<u32>,
     /// `[num_rows]`: what the sums of a row are multiplied by.
-    scales: Vec<f32>,
+    scales: Scratch<f32>,
 }
 
 struct Block {
@@ -157,9 +157,9 @@ impl Blocks {
             blocks.push(Block { first, rows, offset: first * depth });
             first += rows;
         }
-        let mut data: Vec<u32> = Vec::with_capacity(x.num_rows * depth);
-        let mut scales = vec![1.0; x.num_rows];
-        let out = OutPtr(data.spare_capacity_mut().as_mut_ptr());
+        let mut data = Scratch::<u32>::any(x.num_rows * depth);
+        let mut scales = Scratch::filled(x.num_rows, 1.0);
+        let out = OutPtr(data.as_mut_ptr());
         let scales_out = OutPtr(scales.as_mut_ptr());
         let pack = |idx: usize| {
             let Block { first, rows, offset } = blocks[idx];
@@ -179,8 +179,6 @@ impl Blocks {
         } else {
             pool::run(num_blocks, pack);
         }
-        // SAFETY: every block wrote its `rows * depth` numbers.
-        unsafe { data.set_len(x.num_rows * depth) };
         Self { blocks, data, scales }
     }
 }
@@ -202,7 +200,7 @@ impl<L: Lines> Job<'_, L> {
         let group = (ACCUMULATORS / most_rows).clamp(1, PANEL_GROUP);
         let first_row = blocks.first().map_or(0, |block| block.first);
         let num_rows: usize = blocks.iter().map(|block| block.rows).sum();
-        let mut sums = vec![0.0_f32; num_rows * group * L::PANEL_ROWS];
+        let mut sums = Scratch::<f32>::any(num_rows * group * L::PANEL_ROWS);
         let mut panel = panels.start;
         while panel < panels.end {
             let count = 1 << group.min(panels.end - panel).ilog2();

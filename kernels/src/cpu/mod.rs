@@ -41,6 +41,7 @@ mod quant;
 mod quant_gemm;
 mod rounding;
 pub(crate) mod row_blocks;
+mod scratch;
 mod self_attention;
 mod simd;
 

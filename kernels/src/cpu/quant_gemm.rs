@@ -8,7 +8,8 @@
 
 use super::dot::{Dot, STEP_BYTES};
 use super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
-use super::rounding::round_but_largest;
+use super::rounding::{Largest, round_but_largest};
+use super::scratch::Scratch;
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, amx::bytes, isa};
@@ -66,15 +67,15 @@ pub(super) fn product(x: Rows<'_>, w: &QuantMatrix, bias: Option<&[f32]>, y: &mu
 struct RoundedRows {
     num_rows: usize,
     /// `[num_rows][depth]`, for tiles padded to whole ones.
-    codes: Vec<i8>,
+    codes: Scratch<i8>,
     /// `[num_rows][groups]`
-    scales: Vec<f32>,
+    scales: Scratch<f32>,
     /// `[num_rows][groups]`: what the sum of products starts with, so that weight codes count from their zero.
-    starts: Vec<i32>,
+    starts: Scratch<i32>,
     /// `[num_rows][groups]`: the sum of the rounded activations, which the weights' minima multiply.
-    totals: Vec<f32>,
-    /// `[num_rows]`: column and value of the largest element, which is zero among the codes.
-    largest: Vec<(u32, f32)>,
+    totals: Scratch<f32>,
+    /// `[num_rows]`: the largest element, which is zero among the codes.
+    largest: Scratch<Largest>,
 }
 
 impl RoundedRows {
@@ -84,11 +85,11 @@ impl RoundedRows {
         let padded = if tiles { num_rows.next_multiple_of(LANES) * w.depth + bytes::SLACK } else { 0 };
         #[cfg(not(target_arch = "x86_64"))]
         let padded = usize::from(tiles);
-        let mut codes = vec![0_i8; padded.max(num_rows * w.depth)];
-        let mut scales = vec![0.0_f32; num_rows * groups];
-        let mut starts = vec![0_i32; num_rows * groups];
-        let mut totals = vec![0.0_f32; if w.mins.is_some() { num_rows * groups } else { 0 }];
-        let mut largest = vec![(0, 0.0); num_rows];
+        let mut codes = Scratch::any(padded.max(num_rows * w.depth));
+        let mut scales = Scratch::any(num_rows * groups);
+        let mut starts = Scratch::any(num_rows * groups);
+        let mut totals = Scratch::any(if w.mins.is_some() { num_rows * groups } else { 0 });
+        let mut largest = Scratch::any(num_rows);
         let largest_out = OutPtr(largest.as_mut_ptr());
         let (codes_out, scales_out) = (OutPtr(codes.as_mut_ptr()), OutPtr(scales.as_mut_ptr()));
         let (starts_out, totals_out) = (OutPtr(starts.as_mut_ptr()), OutPtr(totals.as_mut_ptr()));
@@ -102,6 +103,7 @@ impl RoundedRows {
                     largest_out.slice(idx, 1),
                 )
             };
+            codes[w.cols..].fill(0);
             largest[0] = round_but_largest(x.row(idx), codes, scales, starts);
             if w.mins.is_some() {
                 // SAFETY: as above; the buffer has this size where there are minima.
@@ -432,7 +434,7 @@ impl Tile<'_> {
     #[inline(always)]
     unsafe fn finish<S: Simd, const N: usize>(&self, row: usize, outputs: &[S::V; N]) {
         let Job { x, w, bias, y, .. } = *self.job;
-        let (column, value) = x.largest[row];
+        let Largest { column, value } = x.largest[row];
         for (n, output) in outputs.iter().enumerate() {
             // SAFETY: given by the caller; the stores stay in the row, columns of these panels.
             unsafe {

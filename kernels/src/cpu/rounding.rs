@@ -4,15 +4,28 @@ use super::dispatch;
 use super::quant::GROUP;
 use super::simd::{LANES, Simd};
 
-/// As [`round_to_bytes`] in groups of [`GROUP`], all but the largest element, which becomes zero; returns its column and value.
+/// The element of a row that has the greatest magnitude.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Largest {
+    pub(super) column: u32,
+    pub(super) value: f32,
+}
+
+// SAFETY: two numbers of four bytes without padding, for which zeros are a value.
+unsafe impl bytemuck::Zeroable for Largest {}
+// SAFETY: as above; any bytes are a value.
+unsafe impl bytemuck::Pod for Largest {}
+
+/// As [`round_to_bytes`] in groups of [`GROUP`], all but the largest element, which becomes zero and is returned.
 pub(super) fn round_but_largest(
     row: &[f32],
     codes: &mut [i8],
     scales: &mut [f32],
     sums: &mut [i32],
-) -> (u32, f32) {
+) -> Largest {
     dispatch!(
-        round_but_largest_kernel(row, codes, scales, sums) -> (u32, f32),
+        round_but_largest_kernel(row, codes, scales, sums) -> Largest,
         [row: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]]
     )
 }
@@ -25,7 +38,7 @@ unsafe fn round_but_largest_kernel<S: Simd>(
     codes: &mut [i8],
     scales: &mut [f32],
     sums: &mut [i32],
-) -> (u32, f32) {
+) -> Largest {
     // SAFETY: the instruction set is given; slices are cut to size.
     unsafe {
         // What groups have their scales from, first for all: which is the largest decides what one of them is rounded without.
@@ -35,7 +48,8 @@ unsafe fn round_but_largest_kernel<S: Simd>(
         }
         if trap.sprung() {
             scales.fill(f32::NAN);
-            return (0, 0.0);
+            sums.fill(0);
+            return Largest::default();
         }
         let mut first = 0;
         for (idx, largest) in scales.iter().enumerate() {
@@ -49,14 +63,14 @@ unsafe fn round_but_largest_kernel<S: Simd>(
         let mut rest = [0.0_f32; GROUP];
         let rest = &mut rest[..group.len()];
         rest.copy_from_slice(group);
-        let Some(value) = rest.get_mut(place).map(std::mem::take) else { return (0, 0.0) };
+        let Some(value) = rest.get_mut(place).map(std::mem::take) else { return Largest::default() };
         scales[first] = largest_of::<S>(rest, &mut trap);
         let groups = row.chunks(GROUP).zip(codes.chunks_mut(GROUP)).zip(scales).zip(sums);
         for (idx, (((values, codes), scale), sum)) in groups.enumerate() {
             let values = if idx == first { &*rest } else { values };
             (*scale, *sum) = round_group::<S>(values, *scale, codes);
         }
-        ((begin + place) as u32, value)
+        Largest { column: (begin + place) as u32, value }
     }
 }
 

@@ -13,6 +13,7 @@ mod pairs;
 
 use std::ops::Range;
 
+use super::scratch::Scratch;
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, isa};
@@ -106,7 +107,7 @@ unsafe fn run<S: Simd>(job: &SelfAttention<'_>, piece: Piece, group: usize, out:
     unsafe {
         let most = if S::ACCUMULATORS >= 24 { MAX_VECTORS } else { 1 };
         let vectors = |first: usize| (piece.end - first).div_ceil(LANES).min(most);
-        let mut scratch = Scratch::new(job.head_dim, vectors(piece.first) * LANES);
+        let mut scratch = Working::new(job.head_dim, vectors(piece.first) * LANES);
         let mut first = piece.first;
         while first < piece.end {
             let vectors = vectors(first);
@@ -124,19 +125,19 @@ unsafe fn run<S: Simd>(job: &SelfAttention<'_>, piece: Piece, group: usize, out:
 }
 
 /// Working memory of a block of `lanes` queries.
-struct Scratch {
+struct Working {
     /// `[head_dim][lanes]`, scaled.
-    queries: Vec<f32>,
+    queries: Scratch<f32>,
     /// `[CHUNK][lanes]`
-    scores: Vec<f32>,
+    scores: Scratch<f32>,
     /// `[head_dim][lanes]`: weighted values.
-    sums: Vec<f32>,
+    sums: Scratch<f32>,
 }
 
-impl Scratch {
+impl Working {
     fn new(head_dim: usize, lanes: usize) -> Self {
-        let zeros = |rows| vec![0.0; rows * lanes];
-        Self { queries: zeros(head_dim), scores: zeros(CHUNK), sums: zeros(head_dim) }
+        let rows = |rows| Scratch::any(rows * lanes);
+        Self { queries: rows(head_dim), scores: rows(CHUNK), sums: rows(head_dim) }
     }
 }
 
@@ -157,7 +158,7 @@ impl Block<'_> {
     /// `end - first` is at most `N * 16`; `scratch` is as large; these queries of this head are nobody else's; the
     /// instruction set of `S`.
     #[inline(always)]
-    unsafe fn run<S: Simd, const M: usize, const N: usize>(&self, scratch: &mut Scratch) {
+    unsafe fn run<S: Simd, const M: usize, const N: usize>(&self, scratch: &mut Working) {
         let Self { job, piece, group, first, end, .. } = *self;
         let dim = job.head_dim;
         let lanes = N * LANES;

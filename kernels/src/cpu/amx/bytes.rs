@@ -13,6 +13,8 @@ use std::ops::Range;
 
 use super::super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
 use super::super::quant_gemm::weights_of;
+use super::super::rounding::Largest;
+use super::super::scratch::Scratch;
 use super::super::simd::{LANES, Simd};
 use super::super::{OutPtr, dispatch, store_outputs};
 use super::{TILE_BYTES, TILE_ROWS, TileConfig, load_config, release};
@@ -53,11 +55,11 @@ pub(in crate::cpu) struct TiledRows<'a> {
     /// `[num_rows, padded][depth]` and [`SLACK`].
     codes: &'a [i8],
     /// `[block of rows][group][16 rows]`
-    scales: Vec<f32>,
+    scales: Scratch<f32>,
     /// As the scales, if there are minima.
-    totals: Vec<f32>,
-    /// `[num_rows]`: column and value of the element that is not among the codes.
-    largest: &'a [(u32, f32)],
+    totals: Scratch<f32>,
+    /// `[num_rows]`: the element that is not among the codes.
+    largest: &'a [Largest],
 }
 
 impl<'a> TiledRows<'a> {
@@ -67,13 +69,13 @@ impl<'a> TiledRows<'a> {
         codes: &'a [i8],
         scales: &[f32],
         totals: &[f32],
-        largest: &'a [(u32, f32)],
+        largest: &'a [Largest],
         w: &QuantMatrix,
     ) -> Self {
         assert!(codes.len() >= num_rows.next_multiple_of(TILE_ROWS) * w.depth + SLACK, "room for tiles");
         let groups = w.num_groups();
         let by_group = |rows: &[f32]| {
-            let mut tiles = vec![0.0; num_rows.next_multiple_of(TILE_ROWS) * groups];
+            let mut tiles = Scratch::filled(num_rows.next_multiple_of(TILE_ROWS) * groups, 0.0);
             for (row, values) in rows.chunks_exact(groups.max(1)).take(num_rows).enumerate() {
                 let tile = &mut tiles[row / TILE_ROWS * TILE_ROWS * groups..][..TILE_ROWS * groups];
                 for (group, value) in values.iter().enumerate() {
@@ -82,7 +84,7 @@ impl<'a> TiledRows<'a> {
             }
             tiles
         };
-        let totals = if w.mins.is_some() { by_group(totals) } else { Vec::new() };
+        let totals = if w.mins.is_some() { by_group(totals) } else { Scratch::any(0) };
         Self { num_rows, codes, scales: by_group(scales), totals, largest }
     }
 }
@@ -218,7 +220,7 @@ unsafe fn block<S: Simd>(job: &Job<'_>, codes: &[Line], panel: usize, row: usize
         let column = panel * LANES;
         let rows = TILE_ROWS.min(x.num_rows - row);
         for (m, output) in outputs.iter().enumerate().take(rows) {
-            let (column_of_largest, value) = x.largest[row + m];
+            let Largest { column: column_of_largest, value } = x.largest[row + m];
             let weights = weights_of::<S>(w, panel, column_of_largest as usize);
             let output = S::mul(S::fma(S::splat(value), weights, *output), S::splat(w.unit));
             store_outputs::<S>(output, bias, y, (row + m) * w.rows, (column, w.rows));

@@ -12,6 +12,7 @@ use std::arch::asm;
 
 pub(super) use super::matrix::BF16_TILE_COLS as TILE_COLS;
 use super::matrix::PackedMatrix;
+use super::scratch::Scratch;
 use super::simd::{LANES, Simd};
 use super::{OutPtr, Rows, Unwritten, dispatch, pool};
 
@@ -139,13 +140,13 @@ pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix, data: &[u16], bias: Option<&
 /// Activations as bf16, `[num_rows, padded][depth]`.
 struct RoundedRows {
     num_rows: usize,
-    data: Vec<u16>,
+    data: Scratch<u16>,
 }
 
 impl RoundedRows {
     fn new(x: Rows<'_>, depth: usize) -> Self {
         let padded_rows = x.num_rows.next_multiple_of(TILE_ROWS);
-        let mut data = vec![0_u16; padded_rows * depth];
+        let mut data = Scratch::filled(padded_rows * depth, 0_u16);
         let out = OutPtr(data.as_mut_ptr());
         let row = |idx: usize| {
             // SAFETY: one piece a row; rows do not overlap.

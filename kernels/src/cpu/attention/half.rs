@@ -18,6 +18,7 @@ use super::tiles::{Ahead, Gathered, Tiles, in_place};
 use super::{CHUNK, Job, Piece, SEGMENT, TILES};
 use crate::cpu::halves::{FACTOR_EXPONENT, pack_block, scale_to, widen};
 use crate::cpu::line_gemm::MAX_BLOCK_ROWS;
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::{Avx512, LANES, Simd};
 use crate::ops::AttnParams;
 
@@ -67,7 +68,7 @@ struct Block {
     first: usize,
     rows: usize,
     /// `[features][rows of the kernel]`, each f16 twice, so that one load of 32 bits fills a vector with it.
-    queries: Vec<u32>,
+    queries: Scratch<u32>,
     scales: [f32; MAX_BLOCK_ROWS],
 }
 
@@ -186,14 +187,10 @@ unsafe fn query_blocks(job: &Job<'_>, piece: Piece) -> Vec<Block> {
             let head = piece.kv_head * group + row % group;
             *source = &q.row(piece.first + row / group)[head * dim..][..dim];
         }
-        let mut queries = Vec::with_capacity(width * dim);
+        let mut queries = Scratch::any(width * dim);
         let mut scales = [1.0; MAX_BLOCK_ROWS];
-        // SAFETY: all sources have `dim` elements, and all of the place is written.
-        unsafe {
-            let place = &mut queries.spare_capacity_mut()[..width * dim];
-            pack_block(&sources[..width], dim, place, &mut scales[..width]);
-            queries.set_len(width * dim);
-        }
+        // SAFETY: all sources have `dim` elements.
+        unsafe { pack_block(&sources[..width], dim, &mut queries, &mut scales[..width]) };
         blocks.push(Block { first, rows, queries, scales });
         first += rows;
     }

@@ -18,6 +18,7 @@ use super::{Block, CHUNK, LOWEST, MAX_VECTORS, Piece, SelfAttention};
 use crate::cpu::OutPtr;
 use crate::cpu::bf16_gemm::dot;
 use crate::cpu::exp2::exp2;
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::{Avx512, LANES};
 
 /// Keys, or features of values, that are multiplied at once: with [`MAX_VECTORS`] sums each they fill the registers.
@@ -33,7 +34,7 @@ pub(super) unsafe fn run(job: &SelfAttention<'_>, piece: Piece, group: usize, ou
     // SAFETY: given by the caller.
     let operands = unsafe { Operands::new(job, piece, piece.head / group * job.head_dim, keys) };
     let vectors = |first: usize| (piece.end - first).div_ceil(LANES).min(MAX_VECTORS);
-    let mut scratch = Scratch::new(job.head_dim, vectors(piece.first) * LANES);
+    let mut scratch = Working::new(job.head_dim, vectors(piece.first) * LANES);
     let mut first = piece.first;
     while first < piece.end {
         let vectors = vectors(first);
@@ -57,27 +58,27 @@ fn seen(job: &SelfAttention<'_>, piece: Piece, first: usize, end: usize) -> Rang
 }
 
 /// Working memory of a block of `lanes` queries.
-struct Scratch {
+struct Working {
     /// Pairs of features of a query, `[head_dim / 2]`.
-    query: Vec<u32>,
+    query: Scratch<u32>,
     /// Pairs of features, `[head_dim / 2][lanes]`, scaled.
-    queries: Vec<u32>,
+    queries: Scratch<u32>,
     /// `[CHUNK][lanes]`
-    scores: Vec<f32>,
+    scores: Scratch<f32>,
     /// Pairs of keys, `[CHUNK / 2][lanes]`.
-    weights: Vec<u32>,
+    weights: Scratch<u32>,
     /// `[head_dim][lanes]`: weighted values.
-    sums: Vec<f32>,
+    sums: Scratch<f32>,
 }
 
-impl Scratch {
+impl Working {
     fn new(dim: usize, lanes: usize) -> Self {
         Self {
-            query: vec![0; dim / 2],
-            queries: vec![0; dim / 2 * lanes],
-            scores: vec![0.0; CHUNK * lanes],
-            weights: vec![0; CHUNK / 2 * lanes],
-            sums: vec![0.0; dim * lanes],
+            query: Scratch::any(dim / 2),
+            queries: Scratch::any(dim / 2 * lanes),
+            scores: Scratch::any(CHUNK * lanes),
+            weights: Scratch::any(CHUNK / 2 * lanes),
+            sums: Scratch::any(dim * lanes),
         }
     }
 }
@@ -87,7 +88,7 @@ impl Scratch {
 /// # Safety
 /// AVX512-BF16; `block` has at most `N * 16` queries, `scratch` is as large; outputs of these queries are nobody else's.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn attend<const N: usize>(block: &Block<'_>, operands: &Operands, scratch: &mut Scratch) {
+unsafe fn attend<const N: usize>(block: &Block<'_>, operands: &Operands, scratch: &mut Working) {
     let Block { job, piece, first, end, .. } = *block;
     let (dim, lanes) = (job.head_dim, N * LANES);
     let queries = &mut scratch.queries[..dim / 2 * lanes];

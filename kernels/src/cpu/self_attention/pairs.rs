@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::{Piece, SelfAttention};
 use crate::cpu::Rows;
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::LANES;
 
 /// So many rows ahead are asked for: a head's part of rows lies too far apart for the processor to foresee it.
@@ -26,9 +27,9 @@ pub(super) struct Operands {
     /// Position of the first, even.
     pub(super) start: usize,
     /// Pairs of features, `[keys][dim / 2]`.
-    pub(super) keys: Vec<u32>,
+    pub(super) keys: Scratch<u32>,
     /// Pairs of keys, `[keys / 2, rounded up][dim]`.
-    pub(super) values: Vec<u32>,
+    pub(super) values: Scratch<u32>,
 }
 
 impl Operands {
@@ -40,27 +41,20 @@ impl Operands {
     pub(super) unsafe fn new(job: &SelfAttention<'_>, piece: Piece, column: usize, at: Range<usize>) -> Self {
         let dim = job.head_dim;
         let (len, pairs) = (at.len() * (dim / 2), at.len().div_ceil(2) * dim);
-        let (mut keys, mut values) = (Vec::with_capacity(len), Vec::with_capacity(pairs));
-        for (position, out) in at.clone().zip(keys.spare_capacity_mut()[..len].chunks_exact_mut(dim / 2)) {
+        let (mut keys, mut values) = (Scratch::<u32>::any(len), Scratch::<u32>::any(pairs));
+        for (position, out) in at.clone().zip(keys.chunks_exact_mut(dim / 2)) {
             ask(&job.k, piece.start + position + AHEAD, column, dim);
             let row = &job.k.row(piece.start + position)[column..][..dim];
             // SAFETY: half as many pairs as features; the instructions are given.
-            unsafe { round_row(row, 1.0, out.as_mut_ptr().cast()) };
+            unsafe { round_row(row, 1.0, out.as_mut_ptr()) };
         }
-        for (position, out) in
-            at.clone().step_by(2).zip(values.spare_capacity_mut()[..pairs].chunks_exact_mut(dim))
-        {
+        for (position, out) in at.clone().step_by(2).zip(values.chunks_exact_mut(dim)) {
             ask(&job.v, piece.start + position + AHEAD, column, dim);
             ask(&job.v, piece.start + position + 1 + AHEAD, column, dim);
             let row = |position| &job.v.row(piece.start + position)[column..][..dim];
             let second = (position + 1 < at.end).then(|| row(position + 1));
             // SAFETY: rows and output have as many elements; the instructions are given.
-            unsafe { join_rows(row(position), second, out.as_mut_ptr().cast()) };
-        }
-        // SAFETY: all rows were written.
-        unsafe {
-            keys.set_len(len);
-            values.set_len(pairs);
+            unsafe { join_rows(row(position), second, out.as_mut_ptr()) };
         }
         Self { start: at.start, keys, values }
     }
