@@ -74,7 +74,8 @@ fn linear_int4<const TOKENS: usize>(bencher: Bencher<'_, '_>, matrix: (usize, us
 #[divan::bench(args = [(1, 1024, 1), (32, 256, 1), (1, 0, 512), (1, 1536, 512)], sample_count = 20)]
 fn paged_attention_bf16(bencher: Bencher<'_, '_>, (seqs, past, new): (usize, usize, usize)) {
     let blocks = (past + new).div_ceil(16);
-    let layer = KvLayer::new(seqs * blocks * 16, 3, 64, KvDtype::Bf16, &CPU).expect("memory for a bench");
+    let slots = seqs * blocks * 16;
+    let mut layer = KvLayer::new(slots, 3, 64, KvDtype::Bf16, &CPU).expect("memory for a bench");
     let mut meta =
         PagedMeta { block_size: 16, cu_seqlens_q: vec![0], cu_blocks: vec![0], ..PagedMeta::default() };
     for seq in 0..seqs {
@@ -84,7 +85,11 @@ fn paged_attention_bf16(bencher: Bencher<'_, '_>, (seqs, past, new): (usize, usi
         meta.block_tables.extend((seq * blocks) as u32..((seq + 1) * blocks) as u32);
         meta.cu_blocks.push(meta.block_tables.len() as u32);
     }
-    let q = random(&[seqs * new, 9, 64]);
+    let all = PagedMeta { slot_mapping: (0..slots as u32).collect(), ..meta.clone() };
+    ops::store_kv(&mut layer, &random(&[slots, 3, 64]), &random(&[slots, 3, 64]), &all)
+        .expect("fitting shapes");
+    // Scores of some 1: the greatest so far grows now and then.
+    let q = (random(&[seqs * new, 9, 64]) * 4.0).expect("memory for a bench");
     let params = AttnParams { scale: 0.125, sliding_window: None, softcap: None };
     let pairs: usize = (1..=new).map(|i| past + i).sum();
     bencher

@@ -2,7 +2,7 @@
 
 use std::arch::asm;
 
-use super::pairs::{Scores, TILE_PAIRS, Unit, Weights};
+use super::pairs::{Extent, Scores, TILE_PAIRS, Unit, Weights};
 use super::{CHUNK, TILES};
 use crate::cpu::amx::{TILE_BYTES, TILE_COLS, TILE_ROWS, configure, release};
 use crate::cpu::simd::LANES;
@@ -21,7 +21,7 @@ impl Unit for Tiles {
         unsafe { release() };
     }
 
-    unsafe fn score(queries: &[u16], keys: &[u32], depth: usize, _rows: usize, scores: &mut Scores) {
+    unsafe fn score(queries: &[u16], keys: &[u32], Extent { depth, .. }: Extent, scores: &mut Scores) {
         assert!(depth.is_multiple_of(TILE_COLS) && depth > 0, "whole tiles");
         assert!(queries.len() == TILE_ROWS * depth && keys.len() == CHUNK * depth / 2, "sizes");
         let tile_len = depth / 2 * LANES;
@@ -74,7 +74,7 @@ impl Unit for Tiles {
     }
 
     /// Two tiles of features at a time.
-    unsafe fn add_values(weights: &Weights, values: &[u32], depth: usize, _rows: usize, sums: &mut [f32]) {
+    unsafe fn add_values(weights: &Weights, values: &[u32], Extent { depth, .. }: Extent, sums: &mut [f32]) {
         assert!(depth.is_multiple_of(TILE_COLS) && depth > 0, "whole tiles");
         assert!(sums.len() == TILE_ROWS * depth && values.len() == CHUNK / 2 * depth, "sizes");
         let values = values.as_ptr();

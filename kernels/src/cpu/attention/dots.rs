@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::pairs::{Scores, TILE_PAIRS, Unit, Weights};
+use super::pairs::{Extent, Scores, TILE_PAIRS, Unit, Weights};
 use super::tiles::Ahead;
 use super::{CHUNK, TILES};
 use crate::cpu::amx::{TILE_COLS, TILE_ROWS};
@@ -43,25 +43,23 @@ impl Unit for Dots {
 
     unsafe fn end() {}
 
-    unsafe fn score(queries: &[u16], keys: &[u32], depth: usize, rows: usize, scores: &mut Scores) {
+    unsafe fn score(queries: &[u16], keys: &[u32], extent: Extent, scores: &mut Scores) {
+        let depth = extent.depth;
         assert!(keys.len() == CHUNK * depth / 2, "sizes");
         let keys = std::array::from_fn(|tile| keys[tile * depth / 2 * LANES..].as_ptr());
         // SAFETY: four tiles of keys; the rest is given by the caller.
-        unsafe { score(queries, keys, depth, rows, Ahead::nothing(), scores) };
+        unsafe { score(queries, keys, extent, Ahead::nothing(), scores) };
     }
 
-    unsafe fn add_values(weights: &Weights, values: &[u32], depth: usize, rows: usize, sums: &mut [f32]) {
+    unsafe fn add_values(weights: &Weights, values: &[u32], extent: Extent, sums: &mut [f32]) {
+        let depth = extent.depth;
         assert!(values.len() == CHUNK / 2 * depth, "sizes");
         let half_len = depth / LANES * TILE_PAIRS;
         let tile = |tile: usize| values[tile / 2 * half_len + tile % 2 * TILE_PAIRS / 2..].as_ptr();
-        let values = Values {
-            tiles: std::array::from_fn(tile),
-            pair_stride: LANES,
-            column_stride: TILE_PAIRS,
-            num_keys: CHUNK,
-        };
+        let values =
+            Values { tiles: std::array::from_fn(tile), pair_stride: LANES, column_stride: TILE_PAIRS };
         // SAFETY: a chunk of values; the rest is given by the caller.
-        unsafe { add_values(weights, &values, depth, rows, Ahead::nothing(), sums) };
+        unsafe { add_values(weights, &values, extent, Ahead::nothing(), sums) };
     }
 }
 
@@ -73,8 +71,6 @@ pub(super) struct Values {
     pub(super) pair_stride: usize,
     /// From sixteen features to the next.
     pub(super) column_stride: usize,
-    /// Values behind the last are not read.
-    pub(super) num_keys: usize,
 }
 
 /// [`Unit::score`] of keys `[TILES][depth / 2][16]`; asks for something on the way.
@@ -85,17 +81,23 @@ pub(super) struct Values {
 pub(super) unsafe fn score(
     queries: &[u16],
     keys: [*const u32; TILES],
-    depth: usize,
-    rows: usize,
+    extent: Extent,
     ahead: Ahead,
     scores: &mut Scores,
 ) {
+    let Extent { depth, rows, keys: num_keys } = extent;
     assert!(queries.len() == TILE_ROWS * depth, "sizes");
     let mut ahead = ahead;
     for first in (0..rows.min(TILE_ROWS)).step_by(ROWS) {
+        let count = rows.min(TILE_ROWS) - first;
         let queries = queries[first * depth..].as_ptr().cast();
         let scores = scores.0[first..].as_mut_ptr();
-        with_rows!(rows.min(TILE_ROWS) - first, score_rows; queries, keys, depth, ahead, scores);
+        match num_keys.div_ceil(LANES) {
+            1 => with_rows!(count, score_rows, 1; queries, keys, depth, ahead, scores),
+            2 => with_rows!(count, score_rows, 2; queries, keys, depth, ahead, scores),
+            3 => with_rows!(count, score_rows, 3; queries, keys, depth, ahead, scores),
+            _ => with_rows!(count, score_rows, 4; queries, keys, depth, ahead, scores),
+        }
         ahead = Ahead::nothing();
     }
 }
@@ -108,11 +110,11 @@ pub(super) unsafe fn score(
 pub(super) unsafe fn add_values(
     weights: &Weights,
     values: &Values,
-    depth: usize,
-    rows: usize,
+    extent: Extent,
     ahead: Ahead,
     sums: &mut [f32],
 ) {
+    let Extent { depth, rows, .. } = extent;
     assert!(depth.is_multiple_of(TILE_COLS) && sums.len() == TILE_ROWS * depth, "whole tiles");
     let mut ahead = ahead;
     for first in (0..rows.min(TILE_ROWS)).step_by(ROWS) {
@@ -122,10 +124,10 @@ pub(super) unsafe fn add_values(
         while column < depth / LANES {
             let sums = sums[first * depth + column * LANES..].as_mut_ptr();
             if depth / LANES - column >= TILES {
-                with_rows!(count, add_columns, 4; weights, values, column, depth, ahead, sums);
+                with_rows!(count, add_columns, 4; weights, values, column, extent, ahead, sums);
                 column += TILES;
             } else {
-                with_rows!(count, add_columns, 2; weights, values, column, depth, ahead, sums);
+                with_rows!(count, add_columns, 2; weights, values, column, extent, ahead, sums);
                 column += TILE_COLS / LANES;
             }
             ahead = Ahead::nothing();
@@ -133,12 +135,12 @@ pub(super) unsafe fn add_values(
     }
 }
 
-/// `M` rows of queries by a chunk of keys.
+/// `M` rows of queries by `N` tiles of keys.
 ///
 /// # Safety
 /// AVX512-BF16; `queries` is `[M][depth / 2]`, `keys` `[TILES][depth / 2][16]`, `scores` has `M` rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma,avx2,avx512bf16")]
-unsafe fn score_rows<const M: usize>(
+unsafe fn score_rows<const M: usize, const N: usize>(
     queries: *const u32,
     keys: [*const u32; TILES],
     depth: usize,
@@ -146,9 +148,9 @@ unsafe fn score_rows<const M: usize>(
     scores: *mut [f32; CHUNK],
 ) {
     let pairs = depth / 2;
-    let mut sums = [[_mm512_setzero_ps(); TILES]; M];
+    let mut sums = [[_mm512_setzero_ps(); N]; M];
     for pair in 0..pairs {
-        let mut tiles = [_mm512_setzero_si512(); TILES];
+        let mut tiles = [_mm512_setzero_si512(); N];
         for (keys_of_tile, keys) in tiles.iter_mut().zip(keys) {
             // SAFETY: a pair of features of a tile.
             *keys_of_tile = unsafe { _mm512_loadu_si512(keys.add(pair * LANES).cast()) };
@@ -158,13 +160,13 @@ unsafe fn score_rows<const M: usize>(
         for m in 0..M {
             // SAFETY: a pair of features of a row.
             let query = _mm512_set1_epi32(unsafe { *queries.add(m * pairs + pair) }.cast_signed());
-            for t in 0..TILES {
+            for t in 0..N {
                 sums[m][t] = dot(sums[m][t], query, tiles[t]);
             }
         }
     }
     for m in 0..M {
-        for t in 0..TILES {
+        for t in 0..N {
             // SAFETY: a row has `CHUNK` scores.
             unsafe { _mm512_storeu_ps(scores.add(m).cast::<f32>().add(t * LANES), sums[m][t]) };
         }
@@ -181,7 +183,7 @@ unsafe fn add_columns<const M: usize, const N: usize>(
     weights: *const u32,
     values: &Values,
     column: usize,
-    depth: usize,
+    Extent { depth, keys: num_keys, .. }: Extent,
     ahead: Ahead,
     sums: *mut f32,
 ) {
@@ -193,12 +195,12 @@ unsafe fn add_columns<const M: usize, const N: usize>(
             total[m][n] = unsafe { _mm512_loadu_ps(sums.add(m * depth + n * LANES)) };
         }
     }
-    let num_pairs = values.num_keys.div_ceil(2);
+    let num_pairs = num_keys.div_ceil(2);
     for (tile, from) in values.tiles.iter().enumerate().take(num_pairs.div_ceil(TILE_PAIRS_OF_KEYS)) {
         let first = tile * TILE_PAIRS_OF_KEYS;
         for pair in first..num_pairs.min(first + TILE_PAIRS_OF_KEYS) {
             // The other half of an odd last pair belongs to somebody else, and may be anything: zero times NaN would be seen.
-            let mask = if 2 * pair + 1 < values.num_keys { u32::MAX } else { u32::from(u16::MAX) };
+            let mask = if 2 * pair + 1 < num_keys { u32::MAX } else { u32::from(u16::MAX) };
             let mask = _mm512_set1_epi32(mask.cast_signed());
             let mut lines = [_mm512_setzero_si512(); N];
             for (n, line) in lines.iter_mut().enumerate() {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::dots::{self, Values};
-use super::pairs::{Chunk, Scores, Weights, run};
+use super::pairs::{Chunk, Extent, Scores, Weights, run};
 use super::softmax::Softmax;
 use super::tiles::{Ahead, Tiles, in_place};
 use super::{CHUNK, Job, Piece, TILES};
@@ -30,7 +30,6 @@ struct InCache<'a> {
     /// Copies of keys and of values whose positions are scattered over the cache.
     gathered: (Vec<u16>, Vec<u16>),
     tiles: Tiles<u16>,
-    num_keys: usize,
     /// While scores are computed.
     values: Ahead,
     /// While values are added.
@@ -43,7 +42,6 @@ impl<'a> InCache<'a> {
             cache,
             gathered: Default::default(),
             tiles: [(std::ptr::null(), std::ptr::null()); TILES],
-            num_keys: 0,
             values: Ahead::nothing(),
             next: Ahead::nothing(),
         }
@@ -83,32 +81,31 @@ impl Chunk for InCache<'_> {
 
     #[inline(always)]
     unsafe fn take<S: Simd>(&mut self, job: &Job<'_>, piece: Piece, start: usize, end: usize) {
-        self.num_keys = CHUNK.min(end - start);
+        let num_keys = CHUNK.min(end - start);
         let (k, v) = self.cache;
         self.tiles = if job.in_place() {
-            in_place(job, piece, (start, self.num_keys), k, v)
+            in_place(job, piece, (start, num_keys), k, v)
         } else {
-            self.gather(job, piece, start, self.num_keys)
+            self.gather(job, piece, start, num_keys)
         };
         self.values = Ahead::values(&self.tiles, job.store.padded_dim);
         self.next = Ahead::next_keys(job, piece, (start + CHUNK, end), self.cache);
     }
 
-    unsafe fn score(&self, queries: &[u16], depth: usize, rows: usize, first: bool, scores: &mut Scores) {
+    unsafe fn score(&self, queries: &[u16], extent: Extent, first: bool, scores: &mut Scores) {
         let ahead = if first { self.values } else { Ahead::nothing() };
         // SAFETY: a head has `depth` features, whose pairs are lines of these tiles; the rest is given by the caller.
-        unsafe { dots::score(queries, self.tiles.map(|tile| tile.0.cast()), depth, rows, ahead, scores) };
+        unsafe { dots::score(queries, self.tiles.map(|tile| tile.0.cast()), extent, ahead, scores) };
     }
 
-    unsafe fn add_values(&self, weights: &Weights, depth: usize, rows: usize, first: bool, sums: &mut [f32]) {
+    unsafe fn add_values(&self, weights: &Weights, extent: Extent, first: bool, sums: &mut [f32]) {
         let ahead = if first { self.next } else { Ahead::nothing() };
         let values = Values {
             tiles: self.tiles.map(|tile| tile.1.cast()),
-            pair_stride: depth,
+            pair_stride: extent.depth,
             column_stride: LANES,
-            num_keys: self.num_keys,
         };
         // SAFETY: as above; tiles have values for all keys.
-        unsafe { dots::add_values(weights, &values, depth, rows, ahead, sums) };
+        unsafe { dots::add_values(weights, &values, extent, ahead, sums) };
     }
 }

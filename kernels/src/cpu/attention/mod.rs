@@ -186,17 +186,26 @@ impl Job<'_> {
 
     /// Writes the rows of `piece`.
     fn write(&self, piece: Piece, result: &Softmax) {
-        let (dim, padded) = (self.store.head_dim, result.padded());
-        let num_rows = (piece.end - piece.first) * self.group;
-        for (row, sum) in result.row_sum.iter().enumerate().take(num_rows) {
-            let token = piece.first + row / self.group;
-            let head = piece.kv_head * self.group + row % self.group;
-            // SAFETY: this token's part of this head is written for this piece alone.
-            let out = unsafe { self.y.slice(token * self.q.width + head * dim, dim) };
-            let scale = 1.0 / sum;
-            for (out, sum) in out.iter_mut().zip(&result.sums[row * padded..][..dim]) {
-                *out = sum * scale;
-            }
+        dispatch!(write(self, piece, result) -> (), [job: &Job<'_>, piece: Piece, result: &Softmax]);
+    }
+}
+
+/// [`Job::write`]. Which zero a sum is may depend on how many zeros were added, so none is written as -0.
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn write<S: Simd>(job: &Job<'_>, piece: Piece, result: &Softmax) {
+    let (dim, padded) = (job.store.head_dim, result.padded());
+    let num_rows = (piece.end - piece.first) * job.group;
+    for (row, sum) in result.row_sum.iter().enumerate().take(num_rows) {
+        let token = piece.first + row / job.group;
+        let head = piece.kv_head * job.group + row % job.group;
+        // SAFETY: this token's part of this head is written for this piece alone.
+        let out = unsafe { job.y.slice(token * job.q.width + head * dim, dim) };
+        let scale = 1.0 / sum;
+        for (out, sum) in out.iter_mut().zip(&result.sums[row * padded..][..dim]) {
+            *out = sum * scale + 0.0;
         }
     }
 }

@@ -4,7 +4,7 @@
 //! For each chunk of keys and each tile of sixteen query rows:
 //!
 //! 1. scores [16 rows][64 keys] = queries * keys, over the features in steps of 32;
-//! 2. weights = e^(score - greatest score), rounded to bf16; what came before is rescaled if the greatest has grown;
+//! 2. weights = e^(score - greatest score), rounded to bf16; what came before is rescaled if the greatest has grown much;
 //! 3. sums [16 rows][features] += weights * values, the first 32 keys, then the other 32.
 //!
 //! Queries and weights keep eight bits, as many as cached keys and values have. A row's weights are divided by the sum
@@ -14,7 +14,7 @@
 //! alone, so a row has the same bits in any tile, whoever its neighbours are: one row uses the same tiles as many, in
 //! decoding too. There tiles are mostly empty, and reading the cache is what takes the time. Keys that a row does
 //! not see have the weight zero, and those behind the end of the sequence count as zero values: adding their products
-//! changes no sum. (It may turn -0 into 0, so no sum is left -0.)
+//! changes no sum. (It may turn -0 into 0, so no output is left -0.)
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -36,15 +36,26 @@ pub(super) trait Unit {
     unsafe fn begin();
     unsafe fn end();
 
-    /// `scores[row][key] = queries[row] . keys[key]` for the first `rows` rows; others may be written, too.
+    /// `scores[row][key] = queries[row] . keys[key]` within `extent`; others may be written, too.
     ///
     /// `queries`: `[16 rows][depth]`; `keys` as in [`Packed`].
-    unsafe fn score(queries: &[u16], keys: &[u32], depth: usize, rows: usize, scores: &mut Scores);
+    unsafe fn score(queries: &[u16], keys: &[u32], extent: Extent, scores: &mut Scores);
 
-    /// `sums[row] += weights[row] . values` for the first `rows` rows; those of the others are zero.
+    /// `sums[row] += weights[row] . values` within `extent`; weights outside of it are zero.
     ///
     /// `sums`: `[16 rows][depth]`; `values` as in [`Packed`].
-    unsafe fn add_values(weights: &Weights, values: &[u32], depth: usize, rows: usize, sums: &mut [f32]);
+    unsafe fn add_values(weights: &Weights, values: &[u32], extent: Extent, sums: &mut [f32]);
+}
+
+/// What of a tile of rows and of a chunk has to be multiplied.
+#[derive(Clone, Copy)]
+pub(super) struct Extent {
+    /// Features, padded.
+    pub(super) depth: usize,
+    /// The first so many rows.
+    pub(super) rows: usize,
+    /// The first so many keys: what lies behind them no row sees.
+    pub(super) keys: usize,
 }
 
 /// The keys and values of a chunk, and what multiplies them.
@@ -57,8 +68,8 @@ pub(super) trait Chunk {
     /// Takes the chunk at `start` of the keys below `end`.
     unsafe fn take<S: Simd>(&mut self, job: &Job<'_>, piece: Piece, start: usize, end: usize);
     /// `first`: these are the first rows that meet this chunk.
-    unsafe fn score(&self, queries: &[u16], depth: usize, rows: usize, first: bool, scores: &mut Scores);
-    unsafe fn add_values(&self, weights: &Weights, depth: usize, rows: usize, first: bool, sums: &mut [f32]);
+    unsafe fn score(&self, queries: &[u16], extent: Extent, first: bool, scores: &mut Scores);
+    unsafe fn add_values(&self, weights: &Weights, extent: Extent, first: bool, sums: &mut [f32]);
 }
 
 /// Elements of a tile of pairs.
@@ -120,8 +131,12 @@ impl Queries {
         let mut padded = vec![0.0_f32; depth];
         for (row, queries) in data.chunks_exact_mut(depth).take(num_rows).enumerate() {
             let head = piece.kv_head * group + row % group;
-            padded[..dim].copy_from_slice(&q.row(piece.first + row / group)[head * dim..][..dim]);
-            for (queries, x) in queries.chunks_exact_mut(LANES).zip(padded.chunks_exact(LANES)) {
+            let mut x = &q.row(piece.first + row / group)[head * dim..][..dim];
+            if dim != depth {
+                padded[..dim].copy_from_slice(x);
+                x = &padded;
+            }
+            for (queries, x) in queries.chunks_exact_mut(LANES).zip(x.chunks_exact(LANES)) {
                 // SAFETY: both have sixteen elements; the instruction set is given.
                 unsafe { S::store_bf16(queries.as_mut_ptr(), S::load(x.as_ptr())) };
             }
@@ -246,14 +261,14 @@ impl<E: Element, U: Unit> Chunk for Packed<'_, E, U> {
         }
     }
 
-    unsafe fn score(&self, queries: &[u16], depth: usize, rows: usize, _: bool, scores: &mut Scores) {
+    unsafe fn score(&self, queries: &[u16], extent: Extent, _: bool, scores: &mut Scores) {
         // SAFETY: given by the caller.
-        unsafe { U::score(queries, &self.keys, depth, rows, scores) };
+        unsafe { U::score(queries, &self.keys, extent, scores) };
     }
 
-    unsafe fn add_values(&self, weights: &Weights, depth: usize, rows: usize, _: bool, sums: &mut [f32]) {
+    unsafe fn add_values(&self, weights: &Weights, extent: Extent, _: bool, sums: &mut [f32]) {
         // SAFETY: given by the caller.
-        unsafe { U::add_values(weights, &self.values, depth, rows, sums) };
+        unsafe { U::add_values(weights, &self.values, extent, sums) };
     }
 }
 
@@ -300,6 +315,8 @@ pub(super) unsafe fn run<S: Simd, C: Chunk>(
     let padded_rows = queries.num_rows.next_multiple_of(TILE_ROWS);
     let mut total = Softmax::new(padded_rows, queries.depth);
     let mut segment = Segment::new(padded_rows, queries.depth);
+    let mut between = Between::new();
+    let positions: Vec<usize> = (0..queries.num_rows).map(|row| position + row / group).collect();
     let (mut key_scales, mut value_scales) = ([0.0_f32; CHUNK], [0.0_f32; CHUNK]);
     // SAFETY: the instruction set is given.
     unsafe { chunk.begin() };
@@ -314,7 +331,7 @@ pub(super) unsafe fn run<S: Simd, C: Chunk>(
         }
         let scales = scales.map(|_| (&key_scales, &value_scales));
         let seen = |row: usize| {
-            let at = position + row / group;
+            let at = positions[row];
             let from = params.sliding_window.map_or(0, |window| (at + 1).saturating_sub(window));
             from.saturating_sub(start)..(at + 1).saturating_sub(start).min(num_keys)
         };
@@ -322,7 +339,7 @@ pub(super) unsafe fn run<S: Simd, C: Chunk>(
         unsafe {
             chunk.take::<S>(job, piece, start, keys.end);
             for first in (0..queries.num_rows).step_by(TILE_ROWS) {
-                visit::<S, C>(&queries, &chunk, &mut segment, first, (params, scales), &seen);
+                visit::<S, C>(&queries, &chunk, (&mut segment, &mut between), first, (params, scales), &seen);
             }
             if (start + CHUNK).is_multiple_of(SEGMENT) || start + CHUNK >= keys.end {
                 join::<S>(&mut total, segment.softmax::<S>());
@@ -343,24 +360,42 @@ pub(super) unsafe fn run<S: Simd, C: Chunk>(
 unsafe fn visit<S: Simd, C: Chunk>(
     queries: &Queries,
     chunk: &C,
-    segment: &mut Segment,
+    (segment, between): (&mut Segment, &mut Between),
     first: usize,
     (params, scales): (&AttnParams, Option<Scales<'_>>),
     seen: &impl Fn(usize) -> Range<usize>,
 ) {
     let depth = queries.depth;
-    let mut scores = Scores([[0.0; CHUNK]; TILE_ROWS]);
-    // Rows that are none have the weight zero.
-    let mut weights = Weights([[0; CHUNK]; TILE_ROWS]);
+    let Between { scores, weights } = between;
     let rows = TILE_ROWS.min(queries.num_rows - first);
+    // Later rows see no less of what comes last.
+    let extent = Extent { depth, rows, keys: seen(first + rows - 1).end };
+    if extent.keys == 0 {
+        return;
+    }
     let queries = &queries.data[first * depth..][..TILE_ROWS * depth];
     // SAFETY: sixteen rows of queries and of sums, a chunk of keys and values; the instruction set is given.
     unsafe {
-        chunk.score(queries, depth, rows, first == 0, &mut scores);
-        let seen = std::array::from_fn(|row| if row < rows { seen(first + row) } else { 0..0 });
-        soften(&scores, &seen, (params, scales), &mut segment.rows_from(first), &mut weights);
-        let sums = segment.rows_from(first).sums;
-        chunk.add_values(&weights, depth, rows, first == 0, sums);
+        chunk.score(queries, extent, first == 0, scores);
+        // The first row's keys end first, the last row's begin last.
+        let all = rows == TILE_ROWS && seen(first) == (0..CHUNK) && seen(first + rows - 1) == (0..CHUNK);
+        let seen =
+            (!all).then(|| std::array::from_fn(|row| if row < rows { seen(first + row) } else { 0..0 }));
+        let mut rows = segment.rows_from(first);
+        soften(scores, seen.as_ref(), (params, scales), &mut rows, weights);
+        chunk.add_values(weights, extent, first == 0, rows.sums);
+    }
+}
+
+/// What a tile of rows has between its two products, in one place for all tiles.
+struct Between {
+    scores: Scores,
+    weights: Weights,
+}
+
+impl Between {
+    fn new() -> Self {
+        Self { scores: Scores([[0.0; CHUNK]; TILE_ROWS]), weights: Weights([[0; CHUNK]; TILE_ROWS]) }
     }
 }
 

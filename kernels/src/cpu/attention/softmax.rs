@@ -6,7 +6,7 @@ use crate::ops::AttnParams;
 
 /// A softmax on its way: of some keys, for each row of a piece.
 pub(super) struct Softmax {
-    /// `[rows]`: the largest score.
+    /// `[rows]`: the score that weights are relative to, the largest or near it.
     pub(super) row_max: Vec<f32>,
     /// `[rows]`: the sum of the weights; 0 if the row sees none of the keys.
     pub(super) row_sum: Vec<f32>,
@@ -42,33 +42,56 @@ impl Softmax {
 #[inline(always)]
 pub(super) unsafe fn join<S: Simd>(total: &mut Softmax, part: &Softmax) {
     let (num_rows, padded) = (total.row_max.len(), total.padded());
-    for row in 0..num_rows {
-        let (part_sums, sums) =
-            (&part.sums[row * padded..][..padded], &mut total.sums[row * padded..][..padded]);
-        // NaN is not zero: it is joined, and so seen.
-        if part.row_sum[row] == 0.0 {
-            continue;
-        }
-        if total.row_sum[row] == 0.0 {
-            (total.row_max[row], total.row_sum[row]) = (part.row_max[row], part.row_sum[row]);
-            sums.copy_from_slice(part_sums);
-            continue;
-        }
-        let max = total.row_max[row].max(part.row_max[row]);
-        // SAFETY: both are whole vectors; the instruction set is given.
-        unsafe {
-            let factor = |from: f32| S::exp(S::splat(from - max));
-            let (old, new) = (factor(total.row_max[row]), factor(part.row_max[row]));
-            let sum = S::fma(old, S::splat(total.row_sum[row]), S::mul(new, S::splat(part.row_sum[row])));
-            total.row_sum[row] = S::to_array(sum)[0];
-            for i in (0..padded).step_by(LANES) {
-                let p = sums.as_mut_ptr().add(i);
-                let added = S::mul(new, S::load(part_sums.as_ptr().add(i)));
-                S::store(p, S::fma(old, S::load(p), added));
+    for first in (0..num_rows).step_by(LANES) {
+        let rows = first..num_rows.min(first + LANES);
+        // SAFETY: the instruction set is given.
+        let [max, old, new] =
+            unsafe { factors::<S>(&total.row_max[rows.clone()], &part.row_max[rows.clone()]) };
+        for (row, ((max, old), new)) in rows.zip(max.into_iter().zip(old).zip(new)) {
+            let (part_sums, sums) =
+                (&part.sums[row * padded..][..padded], &mut total.sums[row * padded..][..padded]);
+            // NaN is not zero: it is joined, and so seen.
+            if part.row_sum[row] == 0.0 {
+                continue;
+            }
+            if total.row_sum[row] == 0.0 {
+                (total.row_max[row], total.row_sum[row]) = (part.row_max[row], part.row_sum[row]);
+                sums.copy_from_slice(part_sums);
+                continue;
+            }
+            total.row_max[row] = max;
+            total.row_sum[row] = old * total.row_sum[row] + new * part.row_sum[row];
+            // SAFETY: both are whole vectors; the instruction set is given.
+            unsafe {
+                let (old, new) = (S::splat(old), S::splat(new));
+                for i in (0..padded).step_by(LANES) {
+                    let p = sums.as_mut_ptr().add(i);
+                    let added = S::mul(new, S::load(part_sums.as_ptr().add(i)));
+                    S::store(p, S::fma(old, S::load(p), added));
+                }
             }
         }
-        total.row_max[row] = max;
     }
+}
+
+/// For up to sixteen rows the greater of `total` and `part`, and what sums that are relative to each are multiplied by.
+///
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn factors<S: Simd>(total: &[f32], part: &[f32]) -> [[f32; LANES]; 3] {
+    let (mut old, mut new) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    old[..total.len()].copy_from_slice(total);
+    new[..part.len()].copy_from_slice(part);
+    let max: [f32; LANES] = std::array::from_fn(|row| old[row].max(new[row]));
+    // SAFETY: sixteen numbers each; the instruction set is given.
+    unsafe {
+        for from in [&mut old, &mut new] {
+            let difference = S::sub(S::load(from.as_ptr()), S::load(max.as_ptr()));
+            *from = S::to_array(S::exp(difference));
+        }
+    }
+    [max, old, new]
 }
 
 /// Turns -0 into 0: which of the two a sum is may depend on how many zeros were added.

@@ -5,7 +5,7 @@ use super::super::amx::tests::{bits, numbers, use_tiles};
 use super::super::halves::scale_to;
 use super::super::kv::Layout;
 use super::super::{Isa, KvStore, NewRows, Rows, isa, written};
-use super::compute;
+use super::{CHUNK, compute};
 use crate::KvDtype;
 use crate::ops::{AttnParams, PagedMeta};
 
@@ -354,6 +354,38 @@ fn what_lies_behind_a_sequence_is_not_read() {
                 assert_eq!(bits(&step.attend(0..len, &step.meta, &params)), bits(&wanted));
             }
         }
+    }
+}
+
+#[test]
+fn scores_that_rise_from_chunk_to_chunk_have_their_weights() {
+    const LEN: usize = 300;
+    for unit in [Unit::Tiles, Unit::Dots, Unit::InCache] {
+        if !unit.prepare() {
+            continue;
+        }
+        let shape = Shape { unit, heads: 3, kv_heads: 1, dim: 64, block_size: 16, dtype: KvDtype::Bf16 };
+        let mut step = Step::new(shape, &[(0, LEN)]);
+        // Of scores as large as these a rounded query would change the weights.
+        for q in &mut step.q {
+            *q = half::bf16::from_f32(*q).to_f32();
+        }
+        // Greatest scores of 1, 2, 11 and 22 powers of two: by more and by less than sums are left as they are.
+        for position in 0..LEN {
+            let slot = step.meta.slot(0, position);
+            let factor = [0.125, 0.25, 1.0, 2.0, 4.0][position / CHUNK];
+            step.k[slot * 64..][..64].iter_mut().for_each(|k| *k *= factor);
+        }
+        let slots: Vec<u32> = (0..step.k.len() as u32 / 64).collect();
+        let rows = |x| Rows::new(x, slots.len(), 64, 64).expect("a matrix");
+        step.store.store(&NewRows { k: rows(&step.k), v: rows(&step.v), slots: &slots, rotation: None });
+        let [params, ..] = params();
+        let found = step.attend(0..LEN, &step.meta, &params);
+        for (found, wanted) in found.iter().zip(step.formula(&params)) {
+            assert!((found - wanted).abs() < 0.01, "{found} {wanted}");
+        }
+        let (tokens, meta) = step.alone(0, LEN - 1, 1);
+        assert_eq!(bits(&step.attend(tokens, &meta, &params)), bits(&found[(LEN - 1) * 3 * 64..]));
     }
 }
 
