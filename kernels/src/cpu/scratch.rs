@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-/// Buffers that a thread keeps at most; more than any operation has at once.
-const KEPT: usize = 16;
+/// Buffers that a thread keeps at most: attention to a few thousand keys by one thread has some fifty at once.
+const KEPT: usize = 64;
 /// Larger ones are given back: a long prompt must not leave its memory with every thread.
 const KEPT_BYTES: usize = 8 << 20;
 
@@ -51,6 +51,12 @@ impl<T: bytemuck::Pod> Scratch<T> {
         let mut buffer = Self::any(len);
         buffer.fill(value);
         buffer
+    }
+}
+
+impl<T: bytemuck::Pod> Default for Scratch<T> {
+    fn default() -> Self {
+        Self::any(0)
     }
 }
 

@@ -111,6 +111,11 @@ pub(in crate::cpu) unsafe fn panels_of(job: &Job<'_>, panels: Range<usize>) {
 #[repr(C, align(64))]
 struct Line([i8; 64]);
 
+// SAFETY: an array of bytes without padding, for which zeros are a value.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above; any bytes are a value.
+unsafe impl bytemuck::Pod for Line {}
+
 /// The sums of two groups, twice: one half is filled while the other is used.
 #[repr(C, align(64))]
 struct Sums([[[i32; TILE_ROWS * LANES]; 2]; 2]);
@@ -121,7 +126,7 @@ struct Sums([[[i32; TILE_ROWS * LANES]; 2]; 2]);
 unsafe fn run<S: Simd>(job: &Job<'_>, panels: Range<usize>) {
     // An even number of groups; what no column fills stays zero.
     let panel_lines = job.w.num_groups().next_multiple_of(2) * CODE_BYTES / size_of::<Line>();
-    let mut codes = vec![Line([0; 64]); PANELS.min(panels.len()) * panel_lines];
+    let mut codes = Scratch::filled(PANELS.min(panels.len()) * panel_lines, Line([0; 64]));
     // SAFETY: tiles may be used; every block is given whole tiles: of rows by the padding of `TiledRows`, of codes by
     // that of `codes`.
     unsafe {

@@ -32,6 +32,7 @@ use self::products::{add_all, score_all};
 use self::softmax::{Softmax, join, multiply, soften};
 use self::tiles::{Ahead, Bf16, Element, F16, F32, Gathered, Int8, Widened};
 use super::kv::{KvData, KvStore};
+use super::scratch::Scratch;
 use super::simd::{LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::{Isa, isa};
@@ -288,12 +289,12 @@ unsafe fn attend_typed<S: Simd, E: Element>(
     let position = job.position(piece);
 
     // [rows][dim], queries; [rows][CHUNK], scores.
-    let mut queries = vec![0.0_f32; num_rows * dim];
+    let mut queries = Scratch::<f32>::any(num_rows * dim);
     for token in 0..num_tokens {
         let source = &q.row(piece.first + token)[piece.kv_head * group * dim..][..group * dim];
         queries[token * group * dim..][..group * dim].copy_from_slice(source);
     }
-    let mut scores = vec![0.0_f32; num_rows * CHUNK];
+    let mut scores = Scratch::filled(num_rows * CHUNK, 0.0_f32);
     let mut total = Softmax::new(num_rows, padded);
     let mut segment = Softmax::new(num_rows, padded);
     let mut gathered = Gathered::<E::Raw>::default();

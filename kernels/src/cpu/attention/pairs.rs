@@ -24,6 +24,7 @@ use super::softmax::{Softmax, join};
 use super::tiles::{Ahead, Gathered, Tiles};
 use super::{CHUNK, Job, Piece, SEGMENT};
 use crate::cpu::amx::{TILE_COLS, TILE_ROWS};
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::{LANES, Simd};
 use crate::ops::AttnParams;
 
@@ -115,7 +116,7 @@ struct Queries {
     /// Features, padded to the depth of a tile.
     depth: usize,
     /// bf16, `[num_rows, padded][depth]`
-    data: Vec<u16>,
+    data: Scratch<u16>,
 }
 
 impl Queries {
@@ -127,8 +128,8 @@ impl Queries {
         let dim = store.head_dim;
         let depth = padded_depth(dim);
         let num_rows = (piece.end - piece.first) * group;
-        let mut data = vec![0_u16; num_rows.next_multiple_of(TILE_ROWS) * depth];
-        let mut padded = vec![0.0_f32; depth];
+        let mut data = Scratch::filled(num_rows.next_multiple_of(TILE_ROWS) * depth, 0_u16);
+        let mut padded = Scratch::filled(depth, 0.0_f32);
         for (row, queries) in data.chunks_exact_mut(depth).take(num_rows).enumerate() {
             let head = piece.kv_head * group + row % group;
             let mut x = &q.row(piece.first + row / group)[head * dim..][..dim];
@@ -155,9 +156,9 @@ struct Packed<'a, E: Element, U> {
     gathered: Gathered<E::Raw>,
     depth: usize,
     /// Pairs of features, `[tile of keys][depth / 2][16 keys][2]`; the features beyond the last are zero.
-    keys: Vec<u32>,
+    keys: Scratch<u32>,
     /// Pairs of keys, `[half of the chunk][depth / 16][16 pairs of keys][16 features][2]`.
-    values: Vec<u32>,
+    values: Scratch<u32>,
     unit: PhantomData<U>,
 }
 
@@ -168,8 +169,8 @@ impl<'a, E: Element, U> Packed<'a, E, U> {
             cache,
             gathered: Gathered::default(),
             depth,
-            keys: vec![0; CHUNK * depth / 2],
-            values: vec![0; CHUNK / 2 * depth],
+            keys: Scratch::filled(CHUNK * depth / 2, 0),
+            values: Scratch::filled(CHUNK / 2 * depth, 0),
             unit: PhantomData,
         }
     }

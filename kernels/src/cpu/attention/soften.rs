@@ -11,6 +11,7 @@ use super::softmax::Softmax;
 use super::{CHUNK, TILES};
 use crate::cpu::amx::TILE_ROWS;
 use crate::cpu::exp2::exp2;
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::{LANES, Simd};
 use crate::ops::AttnParams;
 
@@ -26,7 +27,7 @@ pub(super) struct Segment {
     /// What is asked for last, `row_max` times `log2(e)` until then.
     softmax: Softmax,
     /// `[rows][16]`: each row's sum of weights, still in sixteen parts.
-    lanes: Vec<f32>,
+    lanes: Scratch<f32>,
 }
 
 /// Sixteen rows of a segment.
@@ -41,7 +42,7 @@ pub(super) struct SegmentRows<'a> {
 
 impl Segment {
     pub(super) fn new(num_rows: usize, padded: usize) -> Self {
-        Self { softmax: Softmax::new(num_rows, padded), lanes: vec![0.0; num_rows * LANES] }
+        Self { softmax: Softmax::new(num_rows, padded), lanes: Scratch::filled(num_rows * LANES, 0.0) }
     }
 
     pub(super) fn rows_from(&mut self, first: usize) -> SegmentRows<'_> {
@@ -60,7 +61,9 @@ impl Segment {
     #[inline(always)]
     pub(super) unsafe fn softmax<S: Simd>(&mut self) -> &Softmax {
         let Softmax { row_max, row_sum, .. } = &mut self.softmax;
-        for ((max, sum), lanes) in row_max.iter_mut().zip(row_sum).zip(self.lanes.as_chunks::<LANES>().0) {
+        for ((max, sum), lanes) in
+            row_max.iter_mut().zip(row_sum.iter_mut()).zip(self.lanes.as_chunks::<LANES>().0)
+        {
             *max *= std::f32::consts::LN_2;
             // SAFETY: sixteen lanes; the instruction set is given.
             *sum = unsafe { S::sum(S::load(lanes.as_ptr())) };

@@ -1,25 +1,26 @@
 //! The online softmax.
 
 use super::{CHUNK, TILES};
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::{LANES, Simd};
 use crate::ops::AttnParams;
 
 /// A softmax on its way: of some keys, for each row of a piece.
 pub(super) struct Softmax {
     /// `[rows]`: the score that weights are relative to, the largest or near it.
-    pub(super) row_max: Vec<f32>,
+    pub(super) row_max: Scratch<f32>,
     /// `[rows]`: the sum of the weights; 0 if the row sees none of the keys.
-    pub(super) row_sum: Vec<f32>,
+    pub(super) row_sum: Scratch<f32>,
     /// `[rows][padded features]`: the sum of the weighted values.
-    pub(super) sums: Vec<f32>,
+    pub(super) sums: Scratch<f32>,
 }
 
 impl Softmax {
     pub(super) fn new(num_rows: usize, padded: usize) -> Self {
         Self {
-            row_max: vec![f32::NEG_INFINITY; num_rows],
-            row_sum: vec![0.0; num_rows],
-            sums: vec![0.0; num_rows * padded],
+            row_max: Scratch::filled(num_rows, f32::NEG_INFINITY),
+            row_sum: Scratch::filled(num_rows, 0.0),
+            sums: Scratch::filled(num_rows * padded, 0.0),
         }
     }
 

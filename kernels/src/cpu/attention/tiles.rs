@@ -1,6 +1,7 @@
 //! The keys and values of a chunk: where they are and how they are read.
 
 use super::{CHUNK, Job, Piece, TILES};
+use crate::cpu::scratch::Scratch;
 use crate::cpu::simd::{LANES, Simd};
 
 /// How a cached element is read.
@@ -184,8 +185,8 @@ impl<T: Copy + Default> Gathered<T> {
 /// of the time.
 #[derive(Default)]
 pub(super) struct Widened {
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: Scratch<f32>,
+    v: Scratch<f32>,
 }
 
 impl Widened {
@@ -198,8 +199,9 @@ impl Widened {
         (dim, padded): (usize, usize),
         num_keys: usize,
     ) -> Tiles<f32> {
-        self.k.resize(TILES * dim * LANES, 0.0);
-        self.v.resize(TILES * LANES * padded, 0.0);
+        if self.k.is_empty() {
+            (self.k, self.v) = (Scratch::any(TILES * dim * LANES), Scratch::any(TILES * LANES * padded));
+        }
         for (tile, (k, v)) in tiles.iter().enumerate().take(num_keys.div_ceil(LANES)) {
             let (k_out, v_out) = (
                 self.k[tile * dim * LANES..][..dim * LANES].as_mut_ptr(),
