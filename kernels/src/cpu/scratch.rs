@@ -5,10 +5,12 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-/// Buffers that a thread keeps at most: attention to a few thousand keys by one thread has some fifty at once.
+/// Sizes: 1, 2, 4, .. lines. Larger buffers are given back: a long prompt must not leave its memory with every thread.
+const SIZES: usize = 18;
+/// Buffers of a size that a thread keeps at most: attention to a few thousand keys by one thread has some fifty at once.
 const KEPT: usize = 64;
-/// Larger ones are given back: a long prompt must not leave its memory with every thread.
-const KEPT_BYTES: usize = 8 << 20;
+/// Bytes of a size that a thread keeps, but for two buffers.
+const KEPT_BYTES: usize = 4 << 20;
 
 /// Unit of memory, aligned for vector loads.
 #[derive(Clone, Copy)]
@@ -21,7 +23,8 @@ unsafe impl bytemuck::Zeroable for Line {}
 unsafe impl bytemuck::Pod for Line {}
 
 thread_local! {
-    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    /// By size.
+    static FREE: RefCell<[Vec<Vec<Line>>; SIZES]> = const { RefCell::new([const { Vec::new() }; SIZES]) };
 }
 
 /// `len` elements, aligned to 64 bytes.
@@ -35,14 +38,10 @@ impl<T: bytemuck::Pod> Scratch<T> {
     /// Elements of any value: what an earlier operation left.
     pub(super) fn any(len: usize) -> Self {
         let needed = (len * size_of::<T>()).div_ceil(size_of::<Line>());
-        let kept = FREE.try_with(|free| {
-            let mut free = free.borrow_mut();
-            let sizes = free.iter().enumerate().filter(|(_, lines)| lines.len() >= needed);
-            let best = sizes.min_by_key(|(_, lines)| lines.len()).map(|(idx, _)| idx);
-            best.map(|idx| free.swap_remove(idx))
-        });
+        let size = needed.next_power_of_two().ilog2() as usize;
         // A thread that ends keeps nothing.
-        let lines = kept.ok().flatten().unwrap_or_else(|| vec![Line([0; 64]); needed]);
+        let kept = FREE.try_with(|free| free.borrow_mut().get_mut(size)?.pop());
+        let lines = kept.ok().flatten().unwrap_or_else(|| vec![Line([0; 64]); 1 << size]);
         Self { lines, len, element: PhantomData }
     }
 
@@ -78,18 +77,13 @@ impl<T: bytemuck::Pod> DerefMut for Scratch<T> {
 impl<T> Drop for Scratch<T> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
-        if lines.is_empty() || lines.len() * size_of::<Line>() > KEPT_BYTES {
-            return;
-        }
+        let most = (KEPT_BYTES / size_of_val(lines.as_slice())).clamp(2, KEPT);
         // Where the thread ends, the memory goes with it.
         let _ = FREE.try_with(|free| {
-            let mut free = free.borrow_mut();
-            free.push(lines);
-            if free.len() > KEPT {
-                let sizes = free.iter().enumerate().min_by_key(|(_, lines)| lines.len());
-                if let Some(smallest) = sizes.map(|(idx, _)| idx) {
-                    free.swap_remove(smallest);
-                }
+            if let Some(free) = free.borrow_mut().get_mut(lines.len().ilog2() as usize)
+                && free.len() < most
+            {
+                free.push(lines);
             }
         });
     }
@@ -104,23 +98,21 @@ mod tests {
         let first = Scratch::<f32>::filled(1000, 1.0);
         let place = first.as_ptr() as usize;
         assert!(place.is_multiple_of(64) && first.len() == 1000);
-        let second = Scratch::<u16>::filled(1000, 7);
+        let second = Scratch::<u16>::filled(2000, 7);
         assert_ne!(second.as_ptr() as usize, place);
         drop(first);
-        // The smallest that fits.
-        drop(Scratch::<u8>::filled(100_000, 1));
-        assert_eq!(Scratch::<i8>::any(3000).as_ptr() as usize, place);
+        assert_eq!(Scratch::<i8>::any(4000).as_ptr() as usize, place);
         assert!(second.iter().all(|x| *x == 7));
         assert_eq!(Scratch::<f32>::any(0).len(), 0);
     }
 
     #[test]
     fn little_is_kept() {
-        drop(Scratch::<u8>::any(KEPT_BYTES + 1));
-        drop((0..2 * KEPT).map(|len| Scratch::<u8>::any(64 * len)).collect::<Vec<_>>());
-        FREE.with_borrow(|free| {
-            assert_eq!(free.len(), KEPT);
-            assert!(free.iter().all(|lines| lines.len() >= KEPT && lines.len() < 2 * KEPT));
-        });
+        for (len, kept) in [(64, KEPT), (1 << 20, 4), (4 << 20, 2)] {
+            drop((0..2 * KEPT).map(|_| Scratch::<u8>::any(len)).collect::<Vec<_>>());
+            FREE.with_borrow(|free| assert_eq!(free[(len / 64).ilog2() as usize].len(), kept));
+        }
+        drop(Scratch::<u8>::any((64 << SIZES) + 1));
+        FREE.with_borrow(|free| assert!(free.iter().flatten().all(|lines| lines.len() < 1 << SIZES)));
     }
 }
