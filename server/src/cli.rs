@@ -205,7 +205,7 @@ pub struct EncoderArgs {
 }
 
 /// See [`EncoderArgs::embedding_share`].
-const DEFAULT_EMBEDDING_SHARE: f64 = 0.3;
+const DEFAULT_EMBEDDING_SHARE: f64 = 0.2;
 
 fn share(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
