@@ -27,6 +27,11 @@ thread_local! {
     static FREE: RefCell<[Vec<Vec<Line>>; SIZES]> = const { RefCell::new([const { Vec::new() }; SIZES]) };
 }
 
+/// Place in the list of sizes of the least that has `lines`; beyond its end for those that are not kept.
+fn size_for(lines: usize) -> usize {
+    lines.next_power_of_two().ilog2() as usize
+}
+
 /// `len` elements, aligned to 64 bytes.
 pub(super) struct Scratch<T> {
     lines: Vec<Line>,
@@ -38,10 +43,11 @@ impl<T: bytemuck::Pod> Scratch<T> {
     /// Elements of any value: what an earlier operation left.
     pub(super) fn any(len: usize) -> Self {
         let needed = (len * size_of::<T>()).div_ceil(size_of::<Line>());
-        let size = needed.next_power_of_two().ilog2() as usize;
+        let size = size_for(needed);
         // A thread that ends keeps nothing.
         let kept = FREE.try_with(|free| free.borrow_mut().get_mut(size)?.pop());
-        let lines = kept.ok().flatten().unwrap_or_else(|| vec![Line([0; 64]); 1 << size]);
+        let new = || vec![Line([0; 64]); if size < SIZES { 1 << size } else { needed }];
+        let lines = kept.ok().flatten().unwrap_or_else(new);
         Self { lines, len, element: PhantomData }
     }
 
@@ -80,7 +86,7 @@ impl<T> Drop for Scratch<T> {
         let most = (KEPT_BYTES / size_of_val(lines.as_slice())).clamp(2, KEPT);
         // Where the thread ends, the memory goes with it.
         let _ = FREE.try_with(|free| {
-            if let Some(free) = free.borrow_mut().get_mut(lines.len().ilog2() as usize)
+            if let Some(free) = free.borrow_mut().get_mut(size_for(lines.len()))
                 && free.len() < most
             {
                 free.push(lines);
@@ -112,7 +118,7 @@ mod tests {
             drop((0..2 * KEPT).map(|_| Scratch::<u8>::any(len)).collect::<Vec<_>>());
             FREE.with_borrow(|free| assert_eq!(free[(len / 64).ilog2() as usize].len(), kept));
         }
-        drop(Scratch::<u8>::any((64 << SIZES) + 1));
+        drop(Scratch::<u8>::any((64 << (SIZES - 1)) + 1));
         FREE.with_borrow(|free| assert!(free.iter().flatten().all(|lines| lines.len() < 1 << SIZES)));
     }
 }
