@@ -15,7 +15,7 @@ const KEPT_BYTES: usize = 4 << 20;
 /// Unit of memory, aligned for vector loads.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(super) struct Line(pub(super) [u8; 64]);
 
 // SAFETY: an array of bytes without padding, for which zeros are a value.
 unsafe impl bytemuck::Zeroable for Line {}

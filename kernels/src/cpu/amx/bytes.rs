@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::super::quant::{CodeWidth, GROUP, QuantMatrix, STEP_COLS};
 use super::super::quant_gemm::weights_of;
 use super::super::rounding::Largest;
-use super::super::scratch::Scratch;
+use super::super::scratch::{Line, Scratch};
 use super::super::simd::{LANES, Simd};
 use super::super::{OutPtr, dispatch, store_outputs};
 use super::{TILE_BYTES, TILE_ROWS, TileConfig, load_config, release};
@@ -106,16 +106,6 @@ pub(in crate::cpu) unsafe fn panels_of(job: &Job<'_>, panels: Range<usize>) {
     dispatch!(run(job, panels) -> (), [job: &Job<'_>, panels: Range<usize>]);
 }
 
-/// A tile's row.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([i8; 64]);
-
-// SAFETY: an array of bytes without padding, for which zeros are a value.
-unsafe impl bytemuck::Zeroable for Line {}
-// SAFETY: as above; any bytes are a value.
-unsafe impl bytemuck::Pod for Line {}
-
 /// The sums of two groups, twice: one half is filled while the other is used.
 #[repr(C, align(64))]
 struct Sums([[[i32; TILE_ROWS * LANES]; 2]; 2]);
@@ -148,7 +138,7 @@ unsafe fn run<S: Simd>(job: &Job<'_>, panels: Range<usize>) {
     }
 }
 
-/// The codes of a panel as signed bytes, counted from their zero.
+/// The codes of a panel as the bits of signed bytes, counted from their zero; a line is a row of a tile.
 #[inline(always)]
 fn spread(w: &QuantMatrix, panel: usize, out: &mut [Line]) {
     let panel_bytes = w.width.panel_bytes(w.depth);
@@ -159,7 +149,7 @@ fn spread(w: &QuantMatrix, panel: usize, out: &mut [Line]) {
         CodeWidth::Byte => {
             for (out, codes) in out.iter_mut().zip(codes.chunks_exact(size_of::<Line>())) {
                 for (out, code) in out.0.iter_mut().zip(codes) {
-                    *out = code.wrapping_sub(zero) as i8;
+                    *out = code.wrapping_sub(zero);
                 }
             }
         }
@@ -167,8 +157,8 @@ fn spread(w: &QuantMatrix, panel: usize, out: &mut [Line]) {
             const { assert!(STEP_COLS * LANES == 2 * size_of::<Line>()) };
             for (out, codes) in out.chunks_exact_mut(2).zip(codes.chunks_exact(size_of::<Line>())) {
                 for (i, code) in codes.iter().enumerate() {
-                    out[0].0[i] = (code & 15).wrapping_sub(zero) as i8;
-                    out[1].0[i] = (code >> 4).wrapping_sub(zero) as i8;
+                    out[0].0[i] = (code & 15).wrapping_sub(zero);
+                    out[1].0[i] = (code >> 4).wrapping_sub(zero);
                 }
             }
         }

@@ -200,7 +200,9 @@ impl Widened {
         num_keys: usize,
     ) -> Tiles<f32> {
         if self.k.is_empty() {
-            (self.k, self.v) = (Scratch::any(TILES * dim * LANES), Scratch::any(TILES * LANES * padded));
+            // Tiles beyond the last key are not written below: what an earlier operation left could be NaN.
+            let zeros = |len| Scratch::filled(len, 0.0);
+            (self.k, self.v) = (zeros(TILES * dim * LANES), zeros(TILES * LANES * padded));
         }
         for (tile, (k, v)) in tiles.iter().enumerate().take(num_keys.div_ceil(LANES)) {
             let (k_out, v_out) = (
